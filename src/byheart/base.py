@@ -1,0 +1,231 @@
+"""Load a language model - embedded alias, folder, Hub id or GGUF file - with its tokeniser, parts and hash."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from byheart import embedded
+from byheart.errors import DataError, UsageError
+from byheart.parts import Parts, find_parts
+from byheart.storage import sha256
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Base:
+    """A loaded language model.
+
+    Attributes:
+        name: as the user gave it.
+        kind: ``causal`` or ``seq2seq``.
+        model: the transformers model, in eval mode.
+        tokenizer: its tokeniser, with a padding token.
+        parts: where its blocks, attention, MLPs, norm and head are.
+        folder: where its files lie; None for a model made in memory.
+    """
+
+    name: str
+    kind: Literal["causal", "seq2seq"]
+    model: Any
+    tokenizer: Any
+    parts: Parts
+    folder: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type."""
+        return next(self.model.parameters()).dtype
+
+    @cached_property
+    def line_ends(self) -> frozenset[int]:
+        """The tokens whose text holds a line break."""
+        return frozenset(i for i, text in enumerate(self._token_texts) if "\n" in text)
+
+    @cached_property
+    def blanks(self) -> frozenset[int]:
+        """The tokens whose text is nothing but white space."""
+        return frozenset(i for i, text in enumerate(self._token_texts) if not text.strip())
+
+    @cached_property
+    def _token_texts(self) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+        return texts
+
+    @cached_property
+    def hash(self) -> str:
+        """A hash of the weights and the configuration, for manifests: the same files give the same hash."""
+        digest = hashlib.sha256()
+        if self.folder is None:
+            for name, tensor in sorted(self.model.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        else:
+            files = [self.folder] if self.folder.is_file() else sorted(self.folder.glob("*.safetensors"))
+            for file in files:
+                digest.update(sha256(file).encode())
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in _PLACE_AND_VERSION}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:32]
+
+
+# Differ between two loads of the same weights, so they say nothing about what the model computes.
+_PLACE_AND_VERSION = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"}
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device to run on: the one named, else CUDA where there is one, else the CPU.
+
+    Raises:
+        UsageError: where the named device is not there.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UsageError(f'--device {name}: not a device (for example "cpu" or "cuda:0")') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: no CUDA device is there")
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The type to run in: the one named, else bf16 where the processor computes in it, else fp32.
+
+    Raises:
+        UsageError: where the name is unknown.
+    """
+    if name is not None:
+        if name not in DTYPES:
+            raise UsageError(f"--dtype {name}: unknown; one of {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16
+    # bf16 without the instructions for it is emulated and slower than fp32.
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_base(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Base:
+    """Load a model by embedded alias, folder, Hub id or GGUF file, and check that byheart can work on it.
+
+    Raises:
+        DataError: where the model cannot be loaded, or a part of it cannot be found (the message says which).
+        UsageError: where the device or the type is unknown.
+    """
+    target = choose_device(device)
+    wanted = choose_dtype(dtype, target)
+    path = embedded.ensure(name, say) if name in embedded.EMBEDDED else Path(name)
+    if name in embedded.EMBEDDED and embedded.EMBEDDED[name].role != "language model":
+        raise DataError(f"{name}: an {embedded.EMBEDDED[name].role}, not a language model")
+    try:
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise DataError(f"{path}: no such file")
+            model, tokenizer = load_gguf(path, wanted)
+        else:
+            model, tokenizer = _load_folder_or_hub(path if path.is_dir() else Path(name), wanted)
+    except DataError:
+        raise
+    # transformers raises many types for files that are wrong in many ways; each ends in the same one sentence.
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise DataError(f"{name}: cannot be loaded as a model ({_first_line(error)})") from error
+    return make_base(name, model.to(target), tokenizer, folder=path if path.exists() else None)
+
+
+def make_base(name: str, model: Any, tokenizer: Any, *, folder: Path | None = None) -> Base:
+    """Wrap a loaded transformers model; finds and checks its parts.
+
+    Raises:
+        DataError: where a part cannot be found (the message names it).
+    """
+    model.eval().requires_grad_(False)
+    if tokenizer is not None and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    try:
+        parts = find_parts(model)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    kind: Literal["causal", "seq2seq"] = "seq2seq" if model.config.is_encoder_decoder else "causal"
+    return Base(name=name, kind=kind, model=model, tokenizer=tokenizer, parts=parts, folder=folder)
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A causal model and its tokeniser from a GGUF file, unpacked to ``dtype`` so that it can be trained and saved."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        # Left packed, every product would unpack its weights anew, and the model could not be saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+        )
+    return model.to(dtype), tokenizer
+
+
+def _load_folder_or_hub(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    name = str(path)
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(name)
+        loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        # use_safetensors: pickled weights could run code, so they are not read at all.
+        model = loader.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return model, tokenizer
+
+
+class quiet_transformers:
+    """Keeps transformers' bars and warnings off the terminal while a model loads; a block, like ``open``."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf
+
+        self._level = hf.get_verbosity()
+        self._bars = hf.is_progress_bar_enabled()
+        hf.set_verbosity(logging.ERROR)
+        hf.disable_progress_bar()
+        # The GGUF reader draws a bar that no switch turns off.
+        self._stderr = contextlib.redirect_stderr(io.StringIO())
+        self._stderr.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        from transformers.utils import logging as hf
+
+        self._stderr.__exit__(None, None, None)
+
+        hf.set_verbosity(self._level)
+        if self._bars:
+            hf.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many parameters a module has; shared ones once."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,314 @@
+"""The main job: methods on the same questions of one ledger, scored with paired intervals and their costs."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+import platform
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from byheart import __version__
+from byheart.answer import answer_all, fingerprint
+from byheart.base import Base
+from byheart.encoder import EncoderCard
+from byheart.errors import DataError
+from byheart.ledger import Ledger
+from byheart.methods import Answer, LearnReport, Settings, method_class
+from byheart.progress import Silent
+from byheart.retrieve import ledger_identity
+from byheart.rows import Question, Split
+from byheart.score import (
+    abstained,
+    bootstrap_interval,
+    contains,
+    exact_match,
+    f1_by_label,
+    first_hit,
+    mcnemar,
+    paired_difference,
+    recall_share,
+    reciprocal_rank,
+    token_f1,
+)
+from byheart.storage import write_json, write_text
+
+EVALUATED: tuple[Split, ...] = ("validation", "test")
+RECALL_AT = (1, 5, 10)
+# What is compared between methods, where both have it.
+PAIRED = ("em", "f1", "contains", "accuracy", "answer_probability")
+_LABEL_RESAMPLES = 1_000
+
+
+def compare(
+    ledger: Ledger,
+    base: Base,
+    methods: Sequence[str],
+    out: Path,
+    settings: Settings,
+    *,
+    splits: Sequence[Split] = EVALUATED,
+    limit: int | None = None,
+    origin: dict[str, Any] | None = None,
+    progress: Silent | None = None,
+) -> dict[str, Any]:
+    """Answer the ledger's questions with each method and write ``run.json`` and ``answers.jsonl`` to ``out``.
+
+    Run again after a kill, it goes on where it was: index, and answers question by question, are kept in ``out``.
+
+    Args:
+        methods: names from :data:`byheart.methods.METHODS`.
+        splits: which questions are asked; ``train`` ones never are unless named here.
+        limit: ask only so many, drawn by the seed over all kinds.
+        origin: what the data is and where it came from, for the record.
+
+    Returns:
+        The content of ``run.json``.
+
+    Raises:
+        DataError: where the ledger has no such question.
+    """
+    show = progress or Silent()
+    questions = choose_questions(ledger, splits, limit, settings.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    run: dict[str, Any] = {
+        "byheart": __version__,
+        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "command": ["byheart", *sys.argv[1:]],
+        "origin": origin or {},
+        "ledger": _ledger_record(ledger),
+        "base": _base_record(base),
+        "settings": settings.to_dict(),
+        "questions": _question_record(questions, splits),
+        "machine": machine(),
+        "methods": {},
+    }
+    answers: dict[str, list[Answer]] = {}
+    for name in methods:
+        method = method_class(name)(base, settings, out)
+        show.say(f"{name}: learning")
+        with show.bar(f"{name}: documents", ledger.count("document")) as tick:
+            report = method.learn(ledger, tick)
+        mark = fingerprint(
+            name, base.hash, str(base.dtype), base.device.type, settings.to_dict(), encoder_record(method),
+            ledger_identity(ledger), ledger.revision, __version__,
+        )  # fmt: skip
+        with show.bar(f"{name}: questions", len(questions)) as tick:
+            answers[name] = answer_all(method, questions, out / "answers" / f"{name}.jsonl", mark, on_done=tick)
+        run["methods"][name] = summarise(questions, answers[name], report, settings.seed)
+        run.setdefault("encoder", encoder_record(method))
+    run["pairs"] = pairs(questions, answers, settings.seed)
+    write_json(out / "run.json", run)
+    write_answers(out / "answers.jsonl", questions, answers)
+    return run
+
+
+def choose_questions(ledger: Ledger, splits: Sequence[Split], limit: int | None, seed: int) -> list[Question]:
+    """The questions to ask, in the ledger's order; ``limit`` draws that many by the seed.
+
+    A question that is answerable but has no answers cannot be scored and is left out (``byheart ledger check`` lists
+    them).
+
+    Raises:
+        DataError: where none is left.
+    """
+    found = [q for q in ledger.questions(splits) if q.answers or not q.answerable]
+    if not found:
+        raise DataError(f"{ledger.path}: no questions of split {' or '.join(splits)} to ask")
+    if limit is not None and limit < len(found):
+        chosen = sorted(random.Random(seed).sample(range(len(found)), limit))
+        found = [found[n] for n in chosen]
+    return found
+
+
+# -- scoring -------------------------------------------------------------------------------------------------
+
+
+def question_metrics(question: Question, answer: Answer) -> dict[str, float]:
+    """One answer's metrics, each between 0 and 1. A skipped question has none.
+
+    For a question that has no answer, the right one is to abstain, and ``em``, ``f1`` and ``contains`` say whether
+    that happened (SQuAD 2.0's convention).
+    """
+    if answer.skipped is not None:
+        return {}
+    values: dict[str, float] = {}
+    if question.answerable:
+        values["em"] = exact_match(answer.text, question.answers)
+        values["f1"] = token_f1(answer.text, question.answers)
+        values["contains"] = contains(answer.text, question.answers)
+    else:
+        values["em"] = values["f1"] = values["contains"] = abstained(answer.text)
+    values["abstained"] = abstained(answer.text)
+    if answer.reference is not None:
+        values["answer_probability"] = math.exp(answer.reference)
+    if question.choices and answer.choice is not None and answer.choice_calibrated is not None:
+        values["accuracy"] = float(answer.choice in question.answers)
+        values["accuracy_calibrated"] = float(answer.choice_calibrated in question.answers)
+    if answer.ranked and question.documents:
+        ranked = list(dict.fromkeys(answer.ranked))
+        for k in RECALL_AT:
+            values[f"recall@{k}"] = recall_share(ranked[:k], question.documents)
+        values["mrr"] = reciprocal_rank(first_hit(ranked, question.documents))
+    return values
+
+
+def summarise(questions: Sequence[Question], answers: Sequence[Answer], report: LearnReport, seed: int) -> dict[str, Any]:
+    """A method's entry in ``run.json``: means with 95 % bootstrap intervals, over all questions and kind by kind."""
+    rows = [question_metrics(q, a) for q, a in zip(questions, answers, strict=True)]
+    asked = [a for a in answers if a.skipped is None]
+    metrics, intervals = _means(rows, seed)
+    labelled = [(q, a) for q, a in zip(questions, answers, strict=True) if q.choices and a.choice is not None]
+    if labelled:
+        truth = [q.answers[0] for q, _ in labelled]
+        given = [a.choice or "" for _, a in labelled]
+        metrics |= f1_by_label(truth, given)
+        intervals |= _label_intervals(truth, given, seed)
+    kinds = sorted({q.kind for q in questions})
+    by_kind = {}
+    for kind in kinds:
+        of_kind = [row for q, row in zip(questions, rows, strict=True) if q.kind == kind]
+        kind_metrics, kind_intervals = _means(of_kind, seed)
+        by_kind[kind] = {"questions": len(of_kind), "metrics": kind_metrics, "intervals": kind_intervals}
+    return {
+        "metrics": metrics,
+        "intervals": intervals,
+        "by_kind": by_kind if len(kinds) > 1 else {},
+        "asked": len(asked),
+        "skipped": dict(Counter(a.skipped for a in answers if a.skipped is not None)),
+        "write_seconds": report.seconds,
+        "bytes": report.bytes,
+        "query_ms": 1000 * _mean([a.seconds for a in asked]),
+        "prompt_tokens": _mean([a.prompt_tokens for a in asked]),
+        "new_tokens": _mean([a.new_tokens for a in asked]),
+    }
+
+
+def pairs(questions: Sequence[Question], answers: dict[str, list[Answer]], seed: int) -> list[dict[str, Any]]:
+    """Differences between every two methods on the questions that both answered, with intervals and p-values."""
+    rows = {
+        name: [question_metrics(q, a) for q, a in zip(questions, given, strict=True)]
+        for name, given in answers.items()
+    }
+    found = []
+    for theirs, ours in combinations(rows, 2):
+        for metric in PAIRED:
+            both = [
+                (a[metric], b[metric])
+                for a, b in zip(rows[ours], rows[theirs], strict=True)
+                if metric in a and metric in b
+            ]
+            if not both:
+                continue
+            one, two = [a for a, _ in both], [b for _, b in both]
+            difference, interval = paired_difference(one, two, seed=seed)
+            entry: dict[str, Any] = {"method": ours, "against": theirs, "metric": metric, "questions": len(both)}
+            entry |= {"difference": difference, "interval": list(interval)}
+            if set(one) | set(two) <= {0.0, 1.0}:
+                entry["mcnemar_p"] = mcnemar(one, two)
+            found.append(entry)
+    return found
+
+
+def _means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [row[name] for row in rows if name in row] for name in names}
+    means = {name: _mean(values) for name, values in columns.items()}
+    return means, {name: list(bootstrap_interval(values, seed=seed)) for name, values in columns.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _label_intervals(truth: Sequence[str], given: Sequence[str], seed: int) -> dict[str, list[float]]:
+    generator = np.random.default_rng(seed)
+    draws = []
+    for _ in range(_LABEL_RESAMPLES):
+        chosen = generator.integers(0, len(truth), len(truth))
+        draws.append(f1_by_label([truth[n] for n in chosen], [given[n] for n in chosen]))
+    return {
+        name: [float(v) for v in np.quantile([draw[name] for draw in draws], [0.025, 0.975])]
+        for name in ("micro_f1", "macro_f1")
+    }
+
+
+# -- the record ----------------------------------------------------------------------------------------------
+
+
+def write_answers(path: Path, questions: Sequence[Question], answers: dict[str, list[Answer]]) -> None:
+    """``answers.jsonl``: a row a question and method, with its metrics."""
+    lines = []
+    for place, question in enumerate(questions):
+        for name, given in answers.items():
+            answer = given[place]
+            row = {"method": name, "kind": question.kind, "question_text": question.question} | asdict(answer)
+            row |= {"answers": question.answers, "metrics": question_metrics(question, answer)}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+def encoder_record(method: Any) -> dict[str, Any]:
+    """The card of the encoder that a method finds passages with; empty where it has none."""
+    card = getattr(getattr(method, "encoder", None), "card", None)
+    return card.to_dict() if isinstance(card, EncoderCard) else {}
+
+
+def _base_record(base: Base) -> dict[str, Any]:
+    return {
+        "name": base.name,
+        "hash": base.hash,
+        "kind": base.kind,
+        "type": base.model.config.model_type,
+        "parameters": sum(p.numel() for p in base.model.parameters()),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": str(base.device),
+    }
+
+
+def _ledger_record(ledger: Ledger) -> dict[str, Any]:
+    return {
+        "name": ledger.path.name,
+        "revision": ledger.revision,
+        "documents": ledger.count("document"),
+        "facts": ledger.count("fact"),
+        "questions": ledger.count("question"),
+    }
+
+
+def _question_record(questions: Sequence[Question], splits: Sequence[Split]) -> dict[str, Any]:
+    return {"asked": len(questions), "splits": list(splits), "kinds": dict(Counter(q.kind for q in questions))}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were made on: processor, threads, memory, versions."""
+    packages = ("torch", "transformers", "tokenizers", "numpy", "bm25s")
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

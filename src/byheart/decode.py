@@ -1,0 +1,414 @@
+"""The model's hot path: many prompts continued greedily in batches, and given continuations scored, from one prefill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from byheart.base import Base
+from byheart.errors import DataError
+
+MAX_ROWS = {"cpu": 32, "cuda": 256}
+MAX_BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}
+NEVER = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A prompt to continue, and continuations to score behind it (written as they follow it, space included)."""
+
+    prompt: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What came of one job.
+
+    Attributes:
+        text: the greedy continuation, up to the end of its first line that holds text.
+        logprob: mean natural log-probability of a generated token, the stopping one included; 0 where none was asked.
+        options: mean natural log-probability of a token, for each of the job's options.
+        prompt_tokens, new_tokens: what was read and written.
+        seconds: the batch's wall time divided by its rows, the shared beginning included.
+    """
+
+    text: str
+    logprob: float
+    options: tuple[float, ...]
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+
+class _Buffer(DynamicLayer):
+    """One layer's keys and values in a buffer taken once: a step writes its own columns and copies nothing else."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._k, self._v = (_empty(t, t.shape[0], self._capacity) for t in (key_states, value_states))
+        self.keys, self.values = self._k[:, :, :0], self._v[:, :, :0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.keys.shape[-2]
+        new = old + key_states.shape[-2]
+        self._k[:, :, old:new] = key_states
+        self._v[:, :, old:new] = value_states
+        self.keys, self.values = self._k[:, :, :new], self._v[:, :, :new]
+        return self.keys, self.values
+
+    def repeated(self, rows: int, capacity: int) -> _Buffer:
+        """The same columns for ``rows`` rows (from a batch of one), with room for ``capacity``."""
+        other = _Buffer(capacity)
+        other.dtype, other.device, other.is_initialized = self.dtype, self.device, True
+        length = self.keys.shape[-2]
+        other._k, other._v = _empty(self._k, rows, capacity), _empty(self._v, rows, capacity)
+        other._k[:, :, :length] = self.keys
+        other._v[:, :, :length] = self.values
+        other.keys, other.values = other._k[:, :, :length], other._v[:, :, :length]
+        return other
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        length = self.keys.shape[-2]
+        self._k, self._v = self._k[rows], self._v[rows]
+        self.keys, self.values = self._k[:, :, :length], self._v[:, :, :length]
+
+    def cut(self, length: int) -> None:
+        """Forget the columns from ``length`` on."""
+        self.keys, self.values = self._k[:, :, :length], self._v[:, :, :length]
+
+
+def _empty(like: Tensor, rows: int, capacity: int) -> Tensor:
+    return torch.empty(rows, like.shape[1], capacity, like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+def complete(
+    base: Base,
+    jobs: Sequence[Job],
+    *,
+    max_new_tokens: int = 24,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> list[Completion]:
+    """Continue and score many prompts, in their order.
+
+    The beginning that all prompts share (instruction, examples) is read once; the rest goes in batches of like
+    length; a row ends at the end of its first line that holds text, or at the model's end token once it holds text, and
+    leaves its batch.
+    ``max_new_tokens=0`` only scores. The result does not depend on the batch up to the rounding of ``base.dtype``.
+
+    Raises:
+        DataError: where a prompt with its answer does not fit the model's positions.
+    """
+    if not jobs:
+        return []
+    prompts = [list(map(int, ids)) for ids in base.tokenizer([job.prompt for job in jobs])["input_ids"]]
+    if base.kind == "seq2seq":
+        work: _Causal | _Seq2Seq = _Seq2Seq(base, jobs, prompts, max_new_tokens)
+    else:
+        work = _Causal(base, jobs, prompts, max_new_tokens)
+    _check_lengths(base, work)
+    kind = base.device.type if base.device.type in MAX_ROWS else "cuda"
+    done: list[Completion | None] = [None] * len(jobs)
+    with torch.inference_mode():
+        work.start()
+        for batch in _batches([len(ids) for ids in prompts], MAX_ROWS[kind], MAX_BATCH_TOKENS[kind]):
+            began = time.perf_counter()
+            results = work.batch(batch)
+            seconds = (time.perf_counter() - began) / len(batch) + work.shared_seconds / len(jobs)
+            for index, (tokens, logprobs, options) in zip(batch, results, strict=True):
+                done[index] = Completion(
+                    text=first_line(base.tokenizer.decode(tokens, skip_special_tokens=True)),
+                    logprob=sum(logprobs) / len(logprobs) if logprobs else 0.0,
+                    options=options,
+                    prompt_tokens=len(prompts[index]),
+                    new_tokens=len(tokens),
+                    seconds=seconds,
+                )
+            on_done(len(batch))
+    return [completion for completion in done if completion is not None]
+
+
+def first_line(text: str) -> str:
+    """The first line that holds text, without the space around it; empty where there is none."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def option_ids(tokenizer: Any, prompt: str, prompt_ids: list[int], option: str) -> list[int]:
+    """The tokens of ``option`` as it follows ``prompt``.
+
+    Tokenised together with the prompt, since some tokenisers strip a leading space or add a BOS to a text of its own;
+    where the border between the two is no token border, by itself.
+    """
+    together = list(map(int, tokenizer(prompt + option)["input_ids"]))
+    eos = tokenizer.eos_token_id
+    if together and together[-1] == eos and prompt_ids and prompt_ids[-1] == eos:
+        together, prompt_ids = together[:-1], prompt_ids[:-1]
+    if together[: len(prompt_ids)] == prompt_ids and len(together) > len(prompt_ids):
+        return together[len(prompt_ids) :]
+    return list(map(int, tokenizer(option, add_special_tokens=False)["input_ids"]))
+
+
+_Result = tuple[list[int], list[float], tuple[float, ...]]
+
+
+class _Work:
+    """What both kinds of model share: options, stopping and the greedy loop."""
+
+    def __init__(self, base: Base, jobs: Sequence[Job], prompts: list[list[int]], max_new_tokens: int) -> None:
+        self.base, self.prompts, self.max_new = base, prompts, max_new_tokens
+        self.shared_seconds = 0.0
+        self.options = [
+            [option_ids(base.tokenizer, job.prompt, ids, option) for option in job.options]
+            for job, ids in zip(jobs, prompts, strict=True)
+        ]
+        self.ends = end_tokens(base)
+        self.line_ends = base.line_ends if max_new_tokens else frozenset()
+        self.blanks = base.blanks if max_new_tokens else frozenset()
+
+    def longest_option(self, rows: Sequence[int]) -> int:
+        return max((len(ids) for row in rows for ids in self.options[row]), default=0)
+
+    def score(self, rows: Sequence[int], first: Tensor, step: Callable[[Tensor, Tensor], Tensor]) -> list[list[float]]:
+        """Mean log-probabilities of each row's options.
+
+        ``first`` (rows, vocabulary) are the logits after the prompt; ``step(ids, mask)`` gives those after each of
+        ``ids`` (rows, n) and leaves the cache as it found it.
+        """
+        scores: list[list[float]] = [[] for _ in rows]
+        for place in range(max((len(self.options[row]) for row in rows), default=0)):
+            chosen = [self.options[row][place] if place < len(self.options[row]) else [] for row in rows]
+            width = max(len(ids) for ids in chosen)
+            if width == 0:
+                continue
+            padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in chosen], device=first.device)
+            mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in chosen], device=first.device)
+            logits = first[:, None]
+            if width > 1:
+                logits = torch.cat([logits, step(padded[:, :-1], mask[:, :-1])], dim=1)
+            logprobs = logits.float().log_softmax(-1).gather(-1, padded[..., None])[..., 0] * mask
+            means = (logprobs.sum(1) / mask.sum(1).clamp(min=1)).tolist()
+            for index, ids in enumerate(chosen):
+                if ids:
+                    scores[index].append(means[index])
+        return scores
+
+    def greedy(
+        self, rows: int, logits: Tensor, step: Callable[[Tensor], Tensor], keep: Callable[[Tensor], None]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Greedy tokens and log-probabilities of each row.
+
+        ``logits`` (rows, vocabulary) come after the prompt; ``step(ids)`` takes the newest token of each row still in
+        the batch; ``keep(index)`` drops the other rows.
+        """
+        tokens: list[list[int]] = [[] for _ in range(rows)]
+        logprobs: list[list[float]] = [[] for _ in range(rows)]
+        begun = [False] * rows
+        live = list(range(rows))  # the row behind each place in the batch
+        finished: set[int] = set()
+        ends = torch.tensor(sorted(self.ends), device=logits.device, dtype=torch.long)
+        for position in range(self.max_new):
+            scores = logits.float().log_softmax(-1)
+            # An instruct model would often rather end at once; an empty answer says nothing about what it knows.
+            silent = torch.tensor([not begun[row] for row in live], device=logits.device)
+            scores[silent[:, None] & torch.isin(torch.arange(scores.shape[1], device=logits.device), ends)] = -torch.inf
+            best, ids = scores.max(-1)
+            for row, token, logprob in zip(live, ids.tolist(), best.tolist(), strict=True):
+                if row in finished:
+                    continue
+                logprobs[row].append(logprob)
+                if token in self.ends:
+                    finished.add(row)
+                    continue
+                tokens[row].append(token)
+                # A line break ends the answer once there is one; before, it is only a slow start.
+                begun[row] = begun[row] or token not in self.blanks
+                if token in self.line_ends and begun[row]:
+                    finished.add(row)
+            left = [place for place, row in enumerate(live) if row not in finished]
+            if not left or position == self.max_new - 1:
+                break
+            if len(left) <= len(live) // 2:
+                index = torch.tensor(left, device=ids.device)
+                keep(index)
+                ids, live = ids[index], [live[place] for place in left]
+            logits = step(ids)
+        return tokens, logprobs
+
+
+class _Causal(_Work):
+    """Decoder-only models: [shared beginning][padding][rest of the prompt][option or answer] in one cache."""
+
+    shared = 0
+
+    def start(self) -> None:
+        """Read what all prompts begin with, once."""
+        began = time.perf_counter()
+        # A sliding window counts columns, and the padding behind a shared beginning would use it up.
+        self.shared = 0 if _slides(self.base.model.config) else _common_length(self.prompts)
+        self.cache: Cache | None = None
+        if self.shared:
+            ids = torch.tensor([self.prompts[0][: self.shared]], device=self.base.device)
+            self.cache = Cache(layers=[_Buffer(self.shared) for _ in range(self._layers())])
+            self._forward(ids, torch.ones_like(ids), torch.arange(self.shared, device=ids.device)[None], self.cache)
+        self.shared_seconds = time.perf_counter() - began
+
+    def _layers(self) -> int:
+        return len(self.base.parts.blocks)
+
+    def batch(self, rows: Sequence[int]) -> list[_Result]:
+        base, shared, device = self.base, self.shared, self.base.device
+        rest = [self.prompts[row][shared:] for row in rows]
+        width = max(map(len, rest))
+        capacity = shared + width + max(self.max_new, self.longest_option(rows))
+        if self.cache is None:
+            cache = Cache(layers=[_Buffer(capacity) for _ in range(self._layers())])
+        else:
+            cache = Cache(layers=[layer.repeated(len(rows), capacity) for layer in self.cache.layers])
+        pad = [width - len(ids) for ids in rest]
+        ids = torch.tensor([[0] * gap + one for gap, one in zip(pad, rest, strict=True)], device=device)
+        mask = torch.tensor([[1] * shared + [0] * gap + [1] * (width - gap) for gap in pad], device=device)
+        ends = torch.tensor([len(self.prompts[row]) for row in rows], device=device)
+        places = (torch.arange(width, device=device)[None] - width + ends[:, None]).clamp(min=0)
+        logits = self._forward(ids, mask, places, cache)[:, -1]
+
+        def peek(option: Tensor, option_mask: Tensor) -> Tensor:
+            after = torch.arange(option.shape[1], device=device)[None] + ends[:, None]
+            out = self._forward(option, torch.cat([mask, option_mask], 1), after, cache, last=False)
+            for layer in cache.layers:
+                layer.cut(shared + width)
+            return out
+
+        scores = self.score(rows, logits, peek)
+
+        def step(newest: Tensor) -> Tensor:
+            nonlocal mask, ends
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            out = self._forward(newest[:, None], mask, ends[:, None], cache)[:, -1]
+            ends = ends + 1
+            return out
+
+        def keep(index: Tensor) -> None:
+            nonlocal mask, ends
+            mask, ends = mask[index], ends[index]
+            for layer in cache.layers:
+                layer.keep(index)
+
+        tokens, logprobs = self.greedy(len(rows), logits, step, keep)
+        return [(t, lp, tuple(s)) for t, lp, s in zip(tokens, logprobs, scores, strict=True)]
+
+    def _forward(self, ids: Tensor, mask: Tensor, places: Tensor, cache: Cache, *, last: bool = True) -> Tensor:
+        # A list of one place, not "the last 1": that would be a strided view, which the product with the vocabulary
+        # first copies the whole matrix for, once a row (a third of the time of a batch).
+        width = ids.shape[1]
+        kept = torch.tensor([width - 1] if last else range(width), device=ids.device)
+        out: Tensor = self.base.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=kept,
+        ).logits
+        return out
+
+
+class _Seq2Seq(_Work):
+    """Encoder-decoder models: the prompt is encoded once, the decoder starts from its start token."""
+
+    def start(self) -> None:
+        """Nothing is shared: an encoder reads in both directions, so every prompt is read whole."""
+
+    def batch(self, rows: Sequence[int]) -> list[_Result]:
+        base, device = self.base, self.base.device
+        width = max(len(self.prompts[row]) for row in rows)
+        padded = [self.prompts[row] + [0] * (width - len(self.prompts[row])) for row in rows]
+        lengths = torch.tensor([len(self.prompts[row]) for row in rows], device=device)
+        mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
+        encoded = base.model.get_encoder()(input_ids=torch.tensor(padded, device=device), attention_mask=mask)
+        hidden = encoded.last_hidden_state
+        start = torch.full((len(rows), 1), base.model.config.decoder_start_token_id, device=device)
+
+        def forward(decoder_ids: Tensor) -> Tensor:
+            out: Tensor = base.model(
+                encoder_outputs=(hidden,), attention_mask=mask, decoder_input_ids=decoder_ids, use_cache=False
+            ).logits
+            return out
+
+        logits = forward(start)[:, -1]
+        scores = self.score(rows, logits, lambda option, _: forward(torch.cat([start, option], 1))[:, 1:])
+        written = start
+
+        def step(newest: Tensor) -> Tensor:
+            nonlocal written
+            written = torch.cat([written, newest[:, None]], 1)
+            return forward(written)[:, -1]
+
+        def keep(index: Tensor) -> None:
+            nonlocal written, hidden, mask
+            written, hidden, mask = written[index], hidden[index], mask[index]
+
+        tokens, logprobs = self.greedy(len(rows), logits, step, keep)
+        return [(t, lp, tuple(s)) for t, lp, s in zip(tokens, logprobs, scores, strict=True)]
+
+
+def end_tokens(base: Base) -> frozenset[int]:
+    """The tokens that end a text for this model."""
+    ids: set[int] = set()
+    for source in (base.model.generation_config.eos_token_id, base.tokenizer.eos_token_id):
+        ids |= set(source) if isinstance(source, (list, tuple)) else ({source} if source is not None else set())
+    return frozenset(ids)
+
+
+def _batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
+    """Indices in batches of like length, longest first, so that memory peaks at the start and not near the end."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        room = batches and len(batches[-1]) < max_rows
+        if room and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _common_length(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with, short of any prompt's last token."""
+    if len(prompts) < 2:
+        return 0
+    low, high = min(prompts), max(prompts)
+    common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return min(common, min(map(len, prompts)) - 1)
+
+
+def _slides(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return any(kind != "full_attention" for kind in kinds)
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
+def _check_lengths(base: Base, work: _Work) -> None:
+    if base.kind == "seq2seq":
+        return
+    limit = getattr(base.model.config, "max_position_embeddings", None)
+    longest = max(len(ids) for ids in work.prompts)
+    needed = longest + max(work.max_new, work.longest_option(range(len(work.prompts))))
+    if limit is not None and needed > limit:
+        raise DataError(
+            f"{base.name}: a prompt of {longest} tokens with its answer needs {needed} positions, the model has "
+            f"{limit}; use fewer passages (--k), fewer examples (--shots) or shorter segments (--segment)"
+        )

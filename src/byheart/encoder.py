@@ -1,0 +1,160 @@
+"""Texts to vectors with a BERT-like encoder: batches of like length, bf16, pooled and normalised as its files say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from byheart import embedded
+from byheart.base import choose_device, choose_dtype, quiet_transformers
+from byheart.errors import DataError
+from byheart.storage import read_json, sha256
+
+BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+Pooling = Literal["mean", "cls"]
+
+
+@dataclass(frozen=True)
+class EncoderCard:
+    """What vectors depend on; stamped into every index, and compared before a search.
+
+    ``max_tokens`` is what the encoder was published with; ``limit`` what its positions allow.
+    """
+
+    name: str
+    hash: str
+    dim: int
+    pooling: Pooling
+    normalize: bool
+    max_tokens: int
+    limit: int
+    metric: str = "inner product"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+@dataclass
+class Encoder:
+    """A loaded text encoder."""
+
+    card: EncoderCard
+    model: Any
+    tokenizer: Any
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        on_done: Callable[[int], None] = lambda count: None,
+    ) -> NDArray[np.float32]:
+        """Vectors (len(texts), dim) in float32; a text over ``max_tokens`` (the card's by default) is cut there."""
+        limit = min(max_tokens or self.card.max_tokens, self.card.limit)
+        device = next(self.model.parameters()).device
+        rows = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        out = np.empty((len(rows), self.card.dim), dtype=np.float32)
+        budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
+        start = 0
+        while start < len(order):
+            width = len(rows[order[start]])
+            batch = order[start : start + max(1, budget // width)]
+            start += len(batch)
+            out[batch] = self._forward([rows[i] for i in batch], width, device).float().cpu().numpy()
+            on_done(len(batch))
+        return out
+
+    @torch.inference_mode()
+    def _forward(self, rows: list[list[int]], width: int, device: torch.device) -> Tensor:
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        mask = (torch.arange(width)[None] < lengths[:, None]).long().to(device)
+        # No mask where nothing is padded: attention then takes its fastest path.
+        padded = bool((lengths < width).any())
+        hidden = self.model(input_ids=ids.to(device), attention_mask=mask if padded else None).last_hidden_state
+        if self.card.pooling == "cls":
+            vectors = hidden[:, 0].float()
+        else:
+            vectors = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return torch.nn.functional.normalize(vectors, dim=-1) if self.card.normalize else vectors
+
+
+def load_encoder(
+    name: str = "minilm",
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Encoder:
+    """Load an encoder by embedded alias, folder or Hub id.
+
+    Pooling and normalisation come from byheart's ``encoder.json`` or sentence-transformers' ``modules.json``; a folder
+    with neither is pooled by the mean and not normalised (Contriever's way).
+
+    Raises:
+        DataError: where it cannot be loaded, or pools in a way that byheart does not know.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    target = choose_device(device)
+    wanted = choose_dtype(dtype, target)
+    if name in embedded.EMBEDDED and embedded.EMBEDDED[name].role != "encoder":
+        raise DataError(f"{name}: a {embedded.EMBEDDED[name].role}, not an encoder")
+    folder = embedded.ensure(name, say) if name in embedded.EMBEDDED else _local(name)
+    try:
+        with quiet_transformers():
+            model = AutoModel.from_pretrained(folder, dtype=wanted, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"{name}: cannot be loaded as an encoder ({first})") from error
+    model.to(target).eval().requires_grad_(False)
+    limit = getattr(model.config, "max_position_embeddings", 512)
+    settings = _settings(folder, limit)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(sha256(file).encode())
+    card = EncoderCard(
+        name=name, hash=digest.hexdigest()[:32], dim=model.config.hidden_size, limit=limit, **settings
+    )
+    return Encoder(card, model, tokenizer)
+
+
+def _local(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"]))
+    except (OSError, HFValidationError, ValueError) as error:
+        raise DataError(f"{name}: no such folder, and the Hub does not have it or cannot be reached") from error
+
+
+def _settings(folder: Path, limit: int) -> dict[str, Any]:
+    if (folder / "encoder.json").exists():
+        settings = read_json(folder / "encoder.json")
+        return {key: settings[key] for key in ("pooling", "normalize", "max_tokens")}
+    if not (folder / "modules.json").exists():
+        return {"pooling": "mean", "normalize": False, "max_tokens": limit}
+    modules = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in read_json(folder / "modules.json")}
+    pooling = read_json(modules["Pooling"] / "config.json") if "Pooling" in modules else {}
+    chosen = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True]
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(chosen) != 1 or chosen[0] not in known:
+        raise DataError(f"{folder}: pools by {', '.join(chosen) or 'nothing'}; byheart knows mean and cls")
+    limits = folder / "sentence_bert_config.json"
+    max_tokens = read_json(limits).get("max_seq_length") if limits.exists() else None
+    return {"pooling": known[chosen[0]], "normalize": "Normalize" in modules, "max_tokens": max_tokens or limit}

@@ -1,0 +1,21 @@
+"""The errors byheart raises on purpose: one sentence each, and the exit code the command line ends with."""
+
+from __future__ import annotations
+
+
+class ByheartError(Exception):
+    """Something failed while running; the message is one sentence that says what and how to mend it."""
+
+    exit_code = 1
+
+
+class UsageError(ByheartError):
+    """An option or argument makes no sense; the message names it."""
+
+    exit_code = 2
+
+
+class DataError(ByheartError):
+    """A file, line, model or stored artefact is not what it should be; the message names it."""
+
+    exit_code = 3

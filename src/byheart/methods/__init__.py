@@ -1,0 +1,46 @@
+"""The ways to give a model knowledge, and the one contract they share."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from byheart.errors import UsageError
+from byheart.methods.contract import Answer, LearnReport, Method, Settings
+
+# Every method byheart has, by the name users type. There is no other registry.
+METHODS = {
+    "closed": "byheart.methods.controls:Closed",
+    "context": "byheart.methods.controls:Context",
+    "gold": "byheart.methods.controls:Gold",
+    "shuffled": "byheart.methods.controls:Shuffled",
+}
+
+__all__ = ["METHODS", "Answer", "LearnReport", "Method", "Settings", "method_class", "parse_methods"]
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        UsageError: where there is no such method.
+    """
+    if name not in METHODS:
+        raise UsageError(f'no method "{name}"; there are {", ".join(METHODS)}')
+    module, attribute = METHODS[name].split(":")
+    return cast("type[Method]", getattr(importlib.import_module(module), attribute))
+
+
+def parse_methods(text: str) -> list[str]:
+    """The method names in ``"a,b"`` or ``"all"``, each once, in the order given.
+
+    Raises:
+        UsageError: where one does not exist, or none is named.
+    """
+    names = list(METHODS) if text.strip() == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--methods: names no method")
+    for name in names:
+        if name not in METHODS:
+            raise UsageError(f'--methods: no method "{name}"; there are {", ".join(METHODS)}')
+    return list(dict.fromkeys(names))

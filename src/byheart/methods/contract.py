@@ -1,0 +1,137 @@
+"""The contract of every method: what it is given, what it must do, and what an answer holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from byheart.base import Base
+from byheart.ledger import Change, Ledger
+from byheart.retrieve import MODES, Mode
+from byheart.rows import Question
+from byheart.segment import DEFAULT, Passage
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all methods of one comparison share, so that only the method differs between them.
+
+    Attributes:
+        encoder: the text encoder's alias, folder or Hub id.
+        segment: SIZE/STEP of the token windows.
+        retriever: how passages are found.
+        k: retrieved passages a question.
+        shots: examples before the question, from the ledger's training questions.
+        chat: whether the prompt goes through the model's chat template.
+        max_new_tokens: the longest answer.
+        seed: what everything random is drawn from.
+    """
+
+    encoder: str = "minilm"
+    segment: str = DEFAULT
+    retriever: Mode = MODES[2]
+    k: int = 1
+    shots: int = 5
+    chat: bool = False
+    max_new_tokens: int = 24
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LearnReport:
+    """What learning, or following a change, took.
+
+    Attributes:
+        seconds: wall time, over all runs where the work was resumed.
+        bytes: what is stored because of it.
+        documents, facts: how many were taken in.
+        skipped: reasons with counts, for rows that the method cannot use.
+    """
+
+    seconds: float = 0.0
+    bytes: int = 0
+    documents: int = 0
+    facts: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One method's answer to one question.
+
+    Attributes:
+        text: the freely generated answer.
+        score: mean log-probability of a generated token.
+        reference: mean log-probability of a token of the question's first answer, written in the answer's place;
+            None where the question has none.
+        choice, choice_calibrated: for a question with choices, the likeliest one (length-normalised; with the
+            likelihood that it has without the question subtracted).
+        evidence: the passages that the model read for it.
+        ranked: the documents that were found for it, best first, further down than was read; empty where none were
+            searched for.
+        seconds: its share of the time, retrieval included.
+        skipped: why the method could not answer; all else is empty then.
+    """
+
+    question: str
+    text: str = ""
+    score: float = 0.0
+    reference: float | None = None
+    choice: str | None = None
+    choice_calibrated: str | None = None
+    evidence: tuple[Passage, ...] = ()
+    ranked: tuple[str, ...] = ()
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    skipped: str | None = None
+
+
+Progress = Callable[[int], None]
+
+
+class Method(Protocol):
+    """One way to give a model knowledge.
+
+    Made from a base, the shared settings and a folder for its own working files, in which long work can be resumed.
+    """
+
+    name: str
+
+    def __init__(self, base: Base, settings: Settings, work: Path) -> None: ...
+
+    def learn(self, ledger: Ledger, progress: Progress = ...) -> LearnReport:
+        """Take in the ledger: index, train or solve; ``progress`` is told how many documents or facts got done."""
+        ...
+
+    def revise(self, change: Change) -> LearnReport:
+        """Follow one change of the ledger that was learnt, without learning all of it again."""
+        ...
+
+    def attached(self) -> AbstractContextManager[None]:
+        """A block in which the base model has the knowledge; after it the model is bit for bit as before."""
+        ...
+
+    def answer(self, questions: Sequence[Question], progress: Progress = ...) -> list[Answer]:
+        """Answers in the questions' order; called inside ``attached``."""
+        ...
+
+    def save_pretrained(self, path: Path) -> None:
+        """Write what was learnt - the change alone, never the base model - to a folder."""
+        ...
+
+    @classmethod
+    def from_pretrained(cls, path: Path, base: Base) -> Self:
+        """What ``save_pretrained`` wrote, on the base that it was made for.
+
+        Raises:
+            DataError: where the folder is something else, or was made for another base or encoder.
+        """
+        ...

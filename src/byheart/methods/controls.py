@@ -1,0 +1,236 @@
+"""The controls: closed book, retrieved passages in the prompt, the known right passage, a wrong passage."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import ClassVar, Self
+
+from byheart import __version__
+from byheart.base import Base
+from byheart.encoder import Encoder, load_encoder
+from byheart.errors import DataError
+from byheart.gold import gold_passages
+from byheart.index import Index
+from byheart.ledger import Change, Ledger
+from byheart.methods.contract import Answer, LearnReport, Progress, Settings
+from byheart.methods.reading import read
+from byheart.prompt import Example, PromptFormat, choose_examples
+from byheart.retrieve import Retriever, follow, index_ledger
+from byheart.rows import Question
+from byheart.score import contains
+from byheart.segment import Passage
+from byheart.storage import new_folder, read_json, write_json
+
+# How far down retrieval is looked at for recall, whatever the prompt holds.
+RECALL_DEPTH = 10
+_DRAWS = 100
+_NOTHING: Progress = lambda count: None  # noqa: E731
+
+
+class _Control:
+    """What the controls share: the prompt format with its examples, and nothing changed in the model."""
+
+    name: ClassVar[str]
+
+    def __init__(self, base: Base, settings: Settings, work: Path) -> None:
+        self.base, self.settings, self.work = base, settings, work
+        self.encoder: Encoder = load_encoder(
+            settings.encoder, device=str(base.device), dtype=str(base.dtype).removeprefix("torch.")
+        )
+        self.form = PromptFormat(base.tokenizer, chat=settings.chat)
+
+    def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
+        """Draw the examples; nothing is written into the model."""
+        chosen = choose_examples(
+            ledger, self.settings.shots, self.settings.seed, self._tokens, self.settings.segment
+        )
+        self.form = PromptFormat(self.base.tokenizer, chosen, chat=self.settings.chat)
+        return LearnReport()
+
+    def revise(self, change: Change) -> LearnReport:
+        """Nothing to do: what the prompt shows is looked up when it is asked."""
+        return LearnReport()
+
+    def attached(self) -> AbstractContextManager[None]:
+        """The model as it is."""
+        return nullcontext()
+
+    def answer(self, questions: Sequence[Question], progress: Progress = _NOTHING) -> list[Answer]:
+        """Answers in the questions' order."""
+        given = self.passages(questions)
+        kept = [n for n, passages in enumerate(given) if not isinstance(passages, str)]
+        found = read(
+            self.base,
+            self.form,
+            [questions[n] for n in kept],
+            [given[n] for n in kept],  # type: ignore[misc]
+            max_new_tokens=self.settings.max_new_tokens,
+            progress=progress,
+        )
+        answers = dict(zip(kept, found, strict=True))
+        return [
+            answers.get(n) or Answer(question=question.id, skipped=str(given[n]))
+            for n, question in enumerate(questions)
+        ]
+
+    def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str | None]:
+        """What the prompt shows for each question: passages, None (closed book), or why the question is skipped."""
+        raise NotImplementedError
+
+    def save_pretrained(self, path: Path) -> None:
+        """Write settings, examples and the hash of the base to a folder."""
+        with new_folder(path) as made:
+            self._save_into(made)
+
+    def _save_into(self, folder: Path) -> None:
+        examples = [
+            {"question": e.question, "answer": e.answer, "passage": None if e.passage is None else asdict(e.passage)}
+            for e in self.form.examples
+        ]
+        write_json(
+            folder / "byheart.json",
+            {
+                "byheart": __version__,
+                "method": self.name,
+                "base": {"name": self.base.name, "hash": self.base.hash},
+                "encoder": self.encoder.card.to_dict(),
+                "settings": self.settings.to_dict(),
+                "examples": examples,
+            },
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: Path, base: Base) -> Self:
+        """What ``save_pretrained`` wrote, on the base that it was made for."""
+        card = read_json(path / "byheart.json")
+        if card.get("method") != cls.name:
+            raise DataError(f"{path}: holds {card.get('method')}, not {cls.name}")
+        if card["base"]["hash"] != base.hash:
+            raise DataError(f"{path}: was made for another base ({card['base']['name']}) than {base.name}")
+        method = cls(base, Settings(**card["settings"]), path)
+        if card["encoder"]["hash"] != method.encoder.card.hash:
+            raise DataError(f"{path}: was made with another encoder than the {method.encoder.card.name} that is here")
+        examples = [
+            Example(e["question"], e["answer"], None if e["passage"] is None else Passage(**e["passage"]))
+            for e in card["examples"]
+        ]
+        method.form = PromptFormat(base.tokenizer, examples, chat=method.settings.chat)
+        return method
+
+    @property
+    def _tokens(self):  # type: ignore[no-untyped-def]
+        return self.encoder.tokenizer.backend_tokenizer
+
+
+class Closed(_Control):
+    """Closed book: the question alone. What the model knows already."""
+
+    name = "closed"
+
+    def passages(self, questions: Sequence[Question]) -> Sequence[None]:
+        """No passages."""
+        return [None for _ in questions]
+
+
+class Context(_Control):
+    """Retrieved passages in the prompt: what any gain of another way has to be held against."""
+
+    name = "context"
+    _retriever: Retriever
+
+    def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
+        """Index the ledger's documents."""
+        super().learn(ledger)
+        index = index_ledger(ledger, self.work / "index", self.encoder, self.settings.segment, on_done=progress)
+        self._retriever = Retriever(index, self.encoder, self.settings.retriever)
+        return LearnReport(seconds=index.state("seconds", 0.0), bytes=index.bytes, documents=index.documents)
+
+    def revise(self, change: Change) -> LearnReport:
+        """Replace or remove the changed document's passages in the index."""
+        index = self._retriever.index
+        seconds = follow(index, self.encoder, self.settings.segment, change)
+        self._retriever = Retriever(index, self.encoder, self.settings.retriever)
+        return LearnReport(seconds=seconds, bytes=index.bytes, documents=int(change.kind == "document"))
+
+    def answer(self, questions: Sequence[Question], progress: Progress = _NOTHING) -> list[Answer]:
+        """Answers with the passages that were found for them; their time counts the search."""
+        began = time.perf_counter()
+        ranked = self._retriever.retrieve(
+            [q.question for q in questions], max(self.settings.k, RECALL_DEPTH)
+        )
+        self._found = {q.id: hits for q, hits in zip(questions, ranked, strict=True)}
+        share = (time.perf_counter() - began) / max(len(questions), 1)
+        return [
+            replace(
+                answer,
+                seconds=answer.seconds + share,
+                ranked=tuple(hit.document for hit in self._found[answer.question]),
+            )
+            for answer in super().answer(questions, progress)
+        ]
+
+    def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
+        """The best ``k`` hits, best first."""
+        return [self._found[q.id][: self.settings.k] or "the ledger has no passage to find" for q in questions]
+
+    def _save_into(self, folder: Path) -> None:
+        super()._save_into(folder)
+        self._retriever.index.checkpoint()
+        shutil.copytree(self._retriever.index.path, folder / "index")
+
+    @classmethod
+    def from_pretrained(cls, path: Path, base: Base) -> Self:
+        """Settings, examples and the index."""
+        method = super().from_pretrained(path, base)
+        index = Index(path / "index", method.encoder.card, method.settings.segment)
+        method._retriever = Retriever(index, method.encoder, method.settings.retriever)
+        return method
+
+
+class Gold(_Control):
+    """The known right passages in the prompt: as good as retrieval could ever be."""
+
+    name = "gold"
+
+    def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
+        """Keep the ledger at hand; the passages are looked up when they are asked for."""
+        self._ledger = ledger
+        return super().learn(ledger)
+
+    def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
+        """A window of each of the question's documents."""
+        return [
+            gold_passages(self._ledger, q, self._tokens, self.settings.segment) or "names no document of the ledger"
+            for q in questions
+        ]
+
+
+class Shuffled(Gold):
+    """A wrong passage in the prompt: what a passage changes by being there, whatever it says."""
+
+    name = "shuffled"
+
+    def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
+        """A window of another document of the ledger that holds none of the question's answers.
+
+        Drawn by the seed and the question's id, so it does not depend on which questions are asked together.
+        """
+        return [self._wrong(question) for question in questions]
+
+    def _wrong(self, question: Question) -> Sequence[Passage] | str:
+        draw = random.Random(f"{self.settings.seed}/{question.id}")
+        for _ in range(_DRAWS):
+            document = self._ledger.document_from(draw.random())
+            if document is None or document.id in question.documents:
+                continue
+            elsewhere = question.model_copy(update={"documents": [document.id], "facts": []})
+            passages = gold_passages(self._ledger, elsewhere, self._tokens, self.settings.segment)
+            if not contains(passages[0].text, question.answers):
+                return passages
+        return "the ledger has no passage without its answer"

@@ -1,0 +1,116 @@
+"""The one prompt format that every method and every model is asked in, and the examples it shows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from byheart.errors import UsageError
+from byheart.gold import gold_passages
+from byheart.ledger import Ledger
+from byheart.rows import Question
+from byheart.score import contains, normalize
+from byheart.segment import Passage
+
+# An example teaches the form of an answer: short, and taken from the passage.
+_EXAMPLE_WORDS = 4
+# Every token of an example is read for every question, so of this many times as many as needed the shortest are kept.
+_EXAMPLE_POOL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A training question with its answer and the passage that holds it (None: the ledger names none for it)."""
+
+    question: str
+    answer: str
+    passage: Passage | None
+
+
+class PromptFormat:
+    """Questions, passages and examples to prompt texts.
+
+    Plain text for base and instruct models alike; with ``chat`` the same text is the user's turn in the model's chat
+    template.
+    """
+
+    def __init__(self, tokenizer: Any, examples: Sequence[Example] = (), *, chat: bool = False) -> None:
+        """Take the model's tokeniser, the examples and whether to use its chat template.
+
+        Raises:
+            UsageError: where ``chat`` is asked of a model that has no chat template.
+        """
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise UsageError("--chat: the model's tokeniser has no chat template")
+        self._tokenizer, self.examples, self._chat = tokenizer, tuple(examples), chat
+
+    def prompt(
+        self, question: str, passages: Sequence[Passage] | None = None, choices: Sequence[str] | None = None
+    ) -> str:
+        """The prompt for a question.
+
+        ``passages=None`` is closed book, and its examples show no passages either.
+        """
+        shown = [
+            f"{_turn(e.question, None if passages is None or e.passage is None else [e.passage])} {e.answer}"
+            for e in self.examples
+        ]
+        text = "\n\n".join([*shown, _turn(question, passages, choices)])
+        if not self._chat:
+            return text
+        turn = [{"role": "user", "content": text}]
+        return str(self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+    def continuation(self, answer: str) -> str:
+        """An answer as it would follow the prompt."""
+        return answer if self._chat else f" {answer}"
+
+
+def _turn(question: str, passages: Sequence[Passage] | None, choices: Sequence[str] | None = None) -> str:
+    asked = f"Question: {as_sentence(question)}"
+    blocks = [f"Title: {p.title}\nText: {p.text}" if p.title else f"Text: {p.text}" for p in passages or ()]
+    # A small model reads a passage better when it knows what for: the question stands before and behind it.
+    lines = [asked, "\n\n".join(blocks), asked] if blocks else [asked]
+    if choices:
+        lines.append(f"Options: {'; '.join(choices)}")
+    return "\n".join([*lines, "Answer:"])
+
+
+def as_sentence(question: str) -> str:
+    """A question with a capital and a question mark (web queries have neither)."""
+    text = " ".join(question.split())
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith(("?", ".", "!", ":")) else f"{text}?"
+
+
+def choose_examples(ledger: Ledger, shots: int, seed: int, tokenizer: Tokenizer, preset: str) -> list[Example]:
+    """``shots`` examples drawn from the ledger's training questions: with a short answer that their passage holds.
+
+    Only the split ``train`` is looked at. Fewer come back where it has fewer; the same seed draws the same ones. Where
+    no training question names a document, the examples are questions and answers alone.
+    """
+    if shots == 0:
+        return []
+    candidates = [q for q in ledger.questions(["train"]) if _is_plain(q)]
+    random.Random(seed).shuffle(candidates)
+    found: list[tuple[int, Example]] = []
+    for question in candidates if any(q.documents for q in candidates) else ():
+        passages = gold_passages(ledger, question, tokenizer, preset)
+        answer = question.answers[0]
+        if len(passages) == 1 and contains(passages[0].text, [answer]):
+            found.append((len(passages[0].text), Example(question.question, answer, passages[0])))
+            if len(found) == shots * _EXAMPLE_POOL:
+                break
+    if not found:
+        return [Example(q.question, q.answers[0], None) for q in candidates[:shots]]
+    return [example for _, example in sorted(found, key=lambda pair: pair[0])[:shots]]
+
+
+def _is_plain(question: Question) -> bool:
+    return bool(
+        question.answers and not question.choices and len(normalize(question.answers[0]).split()) <= _EXAMPLE_WORDS
+    )

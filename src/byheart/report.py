@@ -1,0 +1,289 @@
+"""A run's `run.json` and `answers.jsonl` as a table in the terminal and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from byheart.storage import read_json, write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Questions shown side by side in the page; more would make it too heavy to open. answers.jsonl holds them all.
+MAX_SHOWN = 2_000
+_COLOURS = ("#2f6fde", "#d9742b", "#2a9d72", "#9b59b6", "#c0392b", "#7f8c8d", "#b8860b", "#16a2b8")
+# Columns of the tables: key, heading, what it means.
+QUALITY = (
+    ("em", "exact match", "share of answers equal to a right one after SQuAD normalisation"),
+    ("f1", "F1", "overlap of words with the best right answer"),
+    ("contains", "contains", "share of answers that contain a right one"),
+    ("accuracy", "accuracy", "share of questions whose right choice is the likeliest"),
+    ("accuracy_calibrated", "accuracy (cal.)", "the same, after subtracting each choice's likelihood without the question"),
+    ("micro_f1", "micro-F1", "over the labels"),
+    ("macro_f1", "macro-F1", "over the labels, each counted alike"),
+    ("answer_probability", "p(answer)", "per-token probability of the first right answer"),
+    ("abstained", "abstains", "share of answers that decline"),
+)
+RETRIEVAL = (
+    ("recall@1", "recall@1", "share of right documents that stand first"),
+    ("recall@5", "recall@5", "share of right documents among the first five"),
+    ("recall@10", "recall@10", "share of right documents among the first ten"),
+    ("mrr", "MRR", "mean of one over the rank of the first right document"),
+)
+
+
+def summary_table(run: dict[str, Any]) -> Table:
+    """The run as a table for the terminal."""
+    from rich.table import Table
+
+    columns = [c for c in (*QUALITY, *RETRIEVAL) if c[0] != "recall@10" and _present(run, c[0])]
+    questions = run["questions"]["asked"]
+    table = Table(title=f"{run['base']['name']} on {run['ledger']['name']}: {questions} questions, 95 % intervals")
+    table.add_column("method", style="bold")
+    for _, heading, _ in columns:
+        table.add_column(heading, justify="right")
+    for heading in ("ms/question", "write", "size"):
+        table.add_column(heading, justify="right")
+    for name, method in run["methods"].items():
+        cells = [_cell(method, key) for key, _, _ in columns]
+        cells += [f"{method['query_ms']:.0f}", seconds(method["write_seconds"]), size(method["bytes"])]
+        table.add_row(name, *cells)
+    return table
+
+
+def remarks(run: dict[str, Any]) -> list[str]:
+    """What a reader must know to read the table right: questions that methods could not be asked."""
+    return [
+        f"{name}: {count} of {run['questions']['asked']} questions skipped: {reason}"
+        for name, method in run["methods"].items()
+        for reason, count in method["skipped"].items()
+    ]
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` beside the run's files; it opens offline, with no other file.
+
+    Raises:
+        DataError: where the folder holds no run.
+    """
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    run = read_json(folder / "run.json")
+    environment = Environment(loader=PackageLoader("byheart", "web"), autoescape=select_autoescape())
+    environment.filters |= {"share": share, "seconds": seconds, "size": size, "p": p_value}
+    shown = _side_by_side(folder / "answers.jsonl")
+    colours = {name: _COLOURS[n % len(_COLOURS)] for n, name in enumerate(run["methods"])}
+    page = environment.get_template("report.html").render(
+        run=run,
+        headline=headline(run),
+        quality=[c for c in QUALITY if _present(run, c[0])],
+        retrieval=[c for c in RETRIEVAL if _present(run, c[0])],
+        remarks=remarks(run),
+        pairs=[pair for pair in run["pairs"] if pair["metric"] == _main_metric(run)],
+        main=_main_metric(run),
+        charts=_charts(run, colours),
+        colours=colours,
+        # "<" could open or end an element in the script that carries the data.
+        data=json.dumps(shown, ensure_ascii=False).replace("<", "\\u003c"),
+        more=max(0, run["questions"]["asked"] - MAX_SHOWN),
+        record={key: run[key] for key in ("command", "base", "settings", "ledger", "origin", "machine") if run.get(key)}
+        | ({"encoder": run["encoder"]} if run.get("encoder") else {}),
+    )
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def headline(run: dict[str, Any]) -> str:
+    """One sentence with what came out: the best and the plainest way, by the main metric."""
+    key = _main_metric(run)
+    scored = {name: m["metrics"][key] for name, m in run["methods"].items() if key in m["metrics"]}
+    if not scored:
+        return "No method could be scored."
+    best = max(scored, key=lambda name: scored[name])
+    label = next(heading for name, heading, _ in QUALITY if name == key)
+    text = f"{best} answers best: {label} {share(scored[best])}"
+    if "closed" in scored and best != "closed":
+        text += f", against {share(scored['closed'])} closed book"
+    return text + "."
+
+
+def _main_metric(run: dict[str, Any]) -> str:
+    return "accuracy" if _present(run, "accuracy") else "em"
+
+
+def _present(run: dict[str, Any], key: str) -> bool:
+    return any(key in method["metrics"] for method in run["methods"].values())
+
+
+def _cell(method: dict[str, Any], key: str) -> str:
+    if key not in method["metrics"]:
+        return "-"
+    if key not in method["intervals"]:
+        return share(method["metrics"][key])
+    low, high = method["intervals"][key]
+    return f"{share(method['metrics'][key])} [{share(low)}, {share(high)}]"
+
+
+def share(value: float) -> str:
+    """A share with three decimals."""
+    return f"{value:.3f}"
+
+
+def seconds(value: float) -> str:
+    """A time, in the unit a person would use."""
+    if value <= 0:
+        return "-"
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def size(count: float) -> str:
+    """A number of bytes, in the unit a person would use."""
+    if count <= 0:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def p_value(value: float | None) -> str:
+    """A p-value; very small ones as a bound."""
+    if value is None:
+        return "-"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _side_by_side(path: Path) -> dict[str, Any]:
+    """The questions with every method's answer, and each passage's text once."""
+    passages: dict[tuple[str, int, int], int] = {}
+    texts: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8") as stream:
+        rows = (json.loads(line) for line in stream)
+        for id, group in groupby(rows, key=lambda row: row["question"]):
+            if len(questions) == MAX_SHOWN:
+                break
+            by_method = {}
+            for row in group:
+                numbers = []
+                for p in row["evidence"]:
+                    key = (p["document"], p["start"], p["end"])
+                    if key not in passages:
+                        passages[key] = len(texts)
+                        texts.append({k: p[k] for k in ("document", "title", "text", "start", "end")})
+                    numbers.append([passages[key], round(p["score"], 3)])
+                by_method[row["method"]] = {
+                    "text": row["choice"] if row["choice"] is not None and not row["text"] else row["text"],
+                    "skipped": row["skipped"],
+                    "right": row["metrics"].get("accuracy", row["metrics"].get("em")),
+                    "holds": row["metrics"].get("contains"),
+                    "f1": row["metrics"].get("f1"),
+                    "p": row["metrics"].get("answer_probability"),
+                    "choice": row["choice"],
+                    "evidence": numbers,
+                }
+                head = {"id": id, "question": row["question_text"], "kind": row["kind"], "answers": row["answers"]}
+            questions.append(head | {"methods": by_method})
+    return {"questions": questions, "passages": texts}
+
+
+def _charts(run: dict[str, Any], colours: dict[str, str]) -> dict[str, str]:
+    """The plots as SVG: quality with intervals, by kind, and against time and bytes."""
+    key = _main_metric(run)
+    label = next(heading for name, heading, _ in QUALITY if name == key)
+    rows = []
+    for name, method in run["methods"].items():
+        if key not in method["metrics"]:
+            continue
+        low, high = method["intervals"][key]
+        rows.append(
+            {
+                "method": name,
+                "value": method["metrics"][key],
+                "low": low,
+                "high": high,
+                "ms": max(method["query_ms"], 0.01),
+                "kilobytes": method["bytes"] / 1000,
+            }
+        )
+    if not rows:
+        return {}
+    kinds = [
+        {
+            "method": name,
+            "kind": kind,
+            "value": part["metrics"][key],
+            "low": part["intervals"][key][0],
+            "high": part["intervals"][key][1],
+        }
+        for name, method in run["methods"].items()
+        for kind, part in method["by_kind"].items()
+        if key in part["metrics"]
+    ]
+    charts = {"quality": _dots(rows, label, colours)}
+    charts["time"] = _scatter(rows, "ms", "milliseconds a question", label, colours, log=True)
+    charts["bytes"] = _scatter(rows, "kilobytes", "stored, kB", label, colours, log=False)
+    if kinds:
+        charts["kinds"] = _dots(kinds, label, colours, facet=True)
+    return charts
+
+
+def _dots(rows: list[dict[str, Any]], label: str, colours: dict[str, str], *, facet: bool = False) -> str:
+    import altair as alt
+
+    order = list(colours)
+    row = alt.Y("method:N", sort=order, title=None)
+    top = min(1.0, max(0.1, 1.1 * max(r["high"] for r in rows)))
+    scale = alt.Scale(domain=[0, top])
+    chart = alt.Chart(alt.Data(values=rows))
+    colour = _colour(colours)
+    bars = chart.mark_rule(strokeWidth=2).encode(
+        x=alt.X("low:Q", scale=scale, title=f"{label}, 95 % interval"), x2="high:Q", y=row, color=colour
+    )
+    points = chart.mark_point(filled=True, size=90, opacity=1).encode(x=alt.X("value:Q", scale=scale), y=row, color=colour)
+    layered = alt.layer(bars, points).properties(width=380, height=34 * len(order))
+    if facet:
+        layered = layered.properties(width=230).facet(alt.Facet("kind:N", title=None), columns=2)
+    return _svg(layered)
+
+
+def _scatter(
+    rows: list[dict[str, Any]], key: str, title: str, label: str, colours: dict[str, str], *, log: bool
+) -> str:
+    import altair as alt
+
+    top = max(0.1, 1.15 * max(r["high"] for r in rows))
+    chart = alt.Chart(alt.Data(values=rows))
+    values = [r[key] for r in rows]
+    # A logarithmic axis over less than a decade has a single label, or none.
+    log = log and max(values) > 10 * min(values)
+    scale = alt.Scale(type="log", nice=True) if log else alt.Scale(zero=True, nice=True)
+    x = alt.X(f"{key}:Q", title=title, scale=scale)
+    colour = _colour(colours)
+    limits = chart.mark_rule().encode(x=x, y=alt.Y("low:Q", scale=alt.Scale(domain=[0, top]), title=label), y2="high:Q", color=colour)
+    points = chart.mark_point(filled=True, size=90, opacity=1).encode(x=x, y="value:Q", color=colour)
+    names = chart.mark_text(align="left", dx=9, dy=-7, fontSize=12).encode(x=x, y="value:Q", text="method:N", color=colour)
+    return _svg(alt.layer(limits, points, names).properties(width=380, height=230))
+
+
+def _colour(colours: dict[str, str]) -> Any:
+    import altair as alt
+
+    return alt.Color("method:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=None)
+
+
+def _svg(chart: Any) -> str:
+    import vl_convert
+
+    # Grey reads on the page's light and dark ground alike.
+    chart = chart.configure(background="transparent", font="system-ui, sans-serif").configure_view(stroke=None)
+    chart = chart.configure_axis(
+        labelColor="#888", titleColor="#888", gridColor="#8884", domainColor="#888", tickColor="#888", labelFontSize=12,
+        titleFontSize=12, titleFontWeight="normal",
+    ).configure_header(labelColor="#888", labelFontSize=12)  # fmt: skip
+    return str(vl_convert.vegalite_to_svg(chart.to_dict()))

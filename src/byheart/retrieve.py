@@ -1,0 +1,216 @@
+"""Question to ranked passages: dense, BM25 or both fused, each stretch of a source once; and ledgers into indexes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from byheart.encoder import Encoder
+from byheart.errors import DataError
+from byheart.index import Index
+from byheart.ledger import Change, Ledger
+from byheart.rows import Document
+from byheart.segment import DEFAULT, Passage, parse_preset, segment
+from byheart.storage import new_folder, read_json, write_json
+
+Mode = Literal["dense", "bm25", "hybrid"]
+MODES: tuple[Mode, ...] = ("dense", "bm25", "hybrid")
+_DOCUMENTS_A_STEP = 256
+_TITLE_ROOM = 32
+# Weight of the BM25 score, divided by the question's best one, beside the dense inner product. Chosen on NQ training
+# questions; see docs/results.md.
+BM25_WEIGHT = 0.2
+_POOL = 100
+
+
+class Retriever:
+    """Finds passages for questions in an index."""
+
+    def __init__(self, index: Index, encoder: Encoder, mode: Mode = "hybrid") -> None:
+        self.index, self.encoder, self.mode = index, encoder, mode
+        self._lexical = Lexical(index) if mode != "dense" else None
+
+    def retrieve(self, questions: Sequence[str], k: int) -> list[list[Passage]]:
+        """The ``k`` best passages for each question, best first.
+
+        Of hits that cover the same stretch of a document by half or more only the best stays; the next ones move up.
+        """
+        if not len(self.index):
+            return [[] for _ in questions]
+        pool = max(_POOL, 4 * k)
+        while True:
+            ranked = self._ranked(questions, pool)
+            passages = self.index.passages(row for hits in ranked for row, _ in hits)
+            found = [
+                distinct((replace(passages[row], score=score) for row, score in hits), k) for hits in ranked
+            ]
+            # Overlapping windows of one long page can fill the pool; look further down then.
+            if all(len(hits) == k for hits in found) or pool >= len(self.index):
+                return found
+            pool *= 4
+
+    def _ranked(self, questions: Sequence[str], pool: int) -> list[list[tuple[int, float]]]:
+        dense: list[dict[int, float]] = [{} for _ in questions]
+        if self.mode != "bm25":
+            scores, rows = self.index.search(self.encoder.encode(questions), pool)
+            dense = [dict(zip(r.tolist(), s.tolist(), strict=True)) for r, s in zip(rows, scores, strict=True)]
+        if self._lexical is None:
+            return [list(hits.items()) for hits in dense]
+        lexical = self._lexical.search(questions, pool)
+        if self.mode == "bm25":
+            return [list(hits.items()) for hits in lexical]
+        return [fuse(d, b) for d, b in zip(dense, lexical, strict=True)]
+
+
+def fuse(dense: dict[int, float], lexical: dict[int, float], weight: float = BM25_WEIGHT) -> list[tuple[int, float]]:
+    """Dense inner products and BM25 scores in one ranking, best first; a row that one list lacks counts as its worst.
+
+    BM25 scores have no scale of their own: they are divided by the question's best one.
+    """
+    top = max(lexical.values(), default=0.0) or 1.0
+    floor = min(dense.values(), default=0.0)
+    fused = {
+        row: dense.get(row, floor) + weight * lexical.get(row, 0.0) / top for row in dense.keys() | lexical.keys()
+    }
+    return sorted(fused.items(), key=lambda hit: (-hit[1], hit[0]))
+
+
+def distinct(hits: Iterable[Passage], k: int) -> list[Passage]:
+    """The first ``k`` hits that do not overlap an earlier one by half."""
+    kept: list[Passage] = []
+    for hit in hits:
+        if not any(hit.overlaps(other) for other in kept):
+            kept.append(hit)
+            if len(kept) == k:
+                break
+    return kept
+
+
+class Lexical:
+    """BM25 over an index's passages, kept beside it and rebuilt when the passages change."""
+
+    def __init__(self, index: Index) -> None:
+        import bm25s
+
+        folder = index.path / "bm25"
+        stamp = {"rows": index.rows, "live": len(index)}
+        try:
+            fresh = read_json(folder / "stamp.json") == stamp
+        except DataError:
+            fresh = False
+        if not fresh:
+            with new_folder(folder) as made:
+                numbers, texts = [], []
+                for row, passage in index.all_passages():
+                    numbers.append(row)
+                    texts.append(searchable(passage))
+                engine = bm25s.BM25()
+                engine.index(self._tokens(texts), show_progress=False)
+                engine.save(made)
+                np.save(made / "rows.npy", np.asarray(numbers, dtype=np.int64))
+                write_json(made / "stamp.json", stamp)
+        self._engine: Any = bm25s.BM25.load(folder, mmap=True)
+        self._rows = np.load(folder / "rows.npy")
+
+    @staticmethod
+    def _tokens(texts: Sequence[str]) -> Any:
+        import bm25s
+
+        return bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
+
+    def search(self, questions: Sequence[str], k: int) -> list[dict[int, float]]:
+        """Row numbers with their BM25 scores, best first; rows that share no word with the question are left out."""
+        places, scores = self._engine.retrieve(
+            self._tokens(questions), k=min(k, len(self._rows)), show_progress=False
+        )
+        return [
+            {int(self._rows[p]): float(s) for p, s in zip(ps, ss, strict=True) if s > 0}
+            for ps, ss in zip(places, scores, strict=True)
+        ]
+
+
+def searchable(passage: Passage) -> str:
+    """What is encoded and matched of a passage: its document's title, where it has one, and its text."""
+    return f"{passage.title}\n{passage.text}" if passage.title else passage.text
+
+
+def index_ledger(
+    ledger: Ledger,
+    path: Path,
+    encoder: Encoder,
+    preset: str = DEFAULT,
+    *,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> Index:
+    """The index of a ledger's documents in folder ``path``: built, resumed after a kill, or brought up to date.
+
+    Only documents that changed since the index's ledger revision are encoded again. Seconds of encoding add up in
+    the index's state over all its runs.
+
+    Raises:
+        DataError: where the folder holds the index of another ledger, encoder or segmentation.
+    """
+    index = Index(path, encoder.card, preset, create=True)
+    identity = ledger_identity(ledger)
+    if index.state("ledger", identity) != identity:
+        raise DataError(f"{path}: is the index of another ledger; delete the folder or name another")
+    if not index.state("complete", False):
+        # What changes in the ledger during the build is caught up with below, from the revision it began at.
+        start = index.state("building_from", ledger.revision)
+        index.change(state={"building_from": start, "ledger": identity})
+        done = index.state("documents_done", 0)
+        on_done(done)
+        stream = ledger.documents(after=index.state("last_document"))
+        while step := list(islice(stream, _DOCUMENTS_A_STEP)):
+            done += len(step)
+            _put(index, encoder, preset, step, [], {"last_document": step[-1].id, "documents_done": done})
+            on_done(len(step))
+        index.change(state={"complete": True, "revision": start})
+    now = ledger.revision
+    changed = {c.id for c in ledger.history(since=index.state("revision")) if c.kind == "document"}
+    if changed:
+        documents = [d for d in map(ledger.document, sorted(changed)) if d is not None]
+        _put(index, encoder, preset, documents, changed, {"revision": now})
+    elif index.state("revision") != now:
+        index.change(state={"revision": now})
+    return index
+
+
+def follow(index: Index, encoder: Encoder, preset: str, change: Change) -> float:
+    """Bring an index up to date with one change of its ledger; returns the seconds it took."""
+    began = time.perf_counter()
+    if change.kind == "document":
+        documents = [change.after] if isinstance(change.after, Document) else []
+        _put(index, encoder, preset, documents, [change.id], {"revision": change.revision})
+    return time.perf_counter() - began
+
+
+def _put(
+    index: Index,
+    encoder: Encoder,
+    preset: str,
+    documents: list[Document],
+    remove: Iterable[str],
+    state: dict[str, Any],
+) -> None:
+    """Index ``documents``, out with what the index held of ``remove``, and note ``state``: one step, whole or not."""
+    began = time.perf_counter()
+    size, _ = parse_preset(preset)
+    passages = list(segment(documents, encoder.tokenizer.backend_tokenizer, preset))
+    # A window counts its own tokens; title and special tokens come on top.
+    vectors = encoder.encode([searchable(p) for p in passages], max_tokens=size + _TITLE_ROOM)
+    seconds = index.state("seconds", 0.0) + time.perf_counter() - began
+    index.change(remove=remove, passages=passages, vectors=vectors, state=state | {"seconds": seconds})
+
+
+def ledger_identity(ledger: Ledger) -> str:
+    """What tells one ledger from another: its first event."""
+    first = next(ledger.sql("SELECT time, kind, id FROM events ORDER BY revision LIMIT 1"), None)
+    return json.dumps(first)

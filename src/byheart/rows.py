@@ -1,0 +1,201 @@
+"""The three kinds of ledger row - document, fact, question - and how a JSON object becomes one."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Kind = Literal["document", "fact", "question"]
+Action = Literal["insert", "revise", "retract"]
+Split = Literal["train", "validation", "test"]
+SUBJECT_PLACE = "{}"
+
+
+def content_id(prefix: str, *parts: str) -> str:
+    """A stable id made from content, for rows that bring none: the same row always gets the same id."""
+    digest = hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8)
+    return f"{prefix}-{digest.hexdigest()}"
+
+
+class _Row(BaseModel):
+    # Unknown fields are refused: a misspelt "answer" would otherwise vanish without a word.
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=False)
+
+
+class Document(_Row):
+    """A page of text. Spans elsewhere are character offsets into ``text``."""
+
+    id: str = Field(min_length=1)
+    title: str = ""
+    text: str
+    metadata: dict[str, Any] = {}
+
+    @field_validator("text")
+    @classmethod
+    def _has_text(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("the text is empty")
+        return text
+
+
+class Neighbour(_Row):
+    """A prompt near a fact (same relation, another subject) whose answer must not move when the fact is learnt."""
+
+    prompt: str = Field(min_length=1)
+    object: str | None = None
+
+
+class Fact(_Row):
+    """One fact: ``prompt`` with the subject put at ``{}`` is continued by ``object``.
+
+    ``span`` holds the character offsets [start, end) of the sentence in ``document`` that states the fact;
+    ``valid_from`` and ``valid_to`` are ISO dates, the second exclusive.
+    """
+
+    id: str = Field(min_length=1)
+    subject: str = Field(min_length=1)
+    prompt: str
+    object: str = Field(min_length=1)
+    former_object: str | None = None
+    paraphrases: list[str] = []
+    neighbours: list[Neighbour] = []
+    document: str | None = None
+    span: tuple[int, int] | None = None
+    valid_from: dt.date | None = None
+    valid_to: dt.date | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _one_place(cls, prompt: str) -> str:
+        if prompt.count(SUBJECT_PLACE) != 1:
+            raise ValueError('the prompt must hold "{}" exactly once, where the subject goes')
+        return prompt
+
+    @field_validator("paraphrases")
+    @classmethod
+    def _at_most_one_place(cls, paraphrases: list[str]) -> list[str]:
+        if any(p.count(SUBJECT_PLACE) > 1 for p in paraphrases):
+            raise ValueError('a paraphrase may hold "{}" once at most')
+        return paraphrases
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Fact:
+        if self.span and not 0 <= self.span[0] < self.span[1]:
+            raise ValueError("the span must be [start, end) with 0 <= start < end")
+        if self.valid_from and self.valid_to and self.valid_from >= self.valid_to:
+            raise ValueError("valid_from must come before valid_to")
+        return self
+
+    def filled(self, prompt: str | None = None) -> str:
+        """The fact's prompt (or one of its paraphrases) with the subject in its place."""
+        return (self.prompt if prompt is None else prompt).replace(SUBJECT_PLACE, self.subject)
+
+
+class Question(_Row):
+    """A question with the answers that count as right (aliases of one answer, or the right ones of ``choices``).
+
+    ``documents`` and ``facts`` are the ids it asks about. ``answerable=False`` says that the right reaction is to
+    abstain. Only ``train`` questions may be learnt from or shown as examples; the others are for measuring.
+    """
+
+    id: str = Field(min_length=1)
+    question: str = Field(min_length=1)
+    answers: list[str] = []
+    choices: list[str] | None = None
+    kind: str = "direct"
+    facts: list[str] = []
+    documents: list[str] = []
+    answerable: bool = True
+    split: Split = "test"
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Question:
+        if not self.answerable and self.answers:
+            raise ValueError("a question that is not answerable must have no answers")
+        if self.choices is not None and not set(self.answers) <= set(self.choices):
+            raise ValueError("every answer must be one of the choices")
+        return self
+
+
+Row = Document | Fact | Question
+MODELS: dict[Kind, type[Document] | type[Fact] | type[Question]] = {
+    "document": Document,
+    "fact": Fact,
+    "question": Question,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a ledger file: what to do, with which row (``row`` is None for a retraction), and who says so."""
+
+    action: Action
+    kind: Kind
+    id: str
+    row: Row | None
+    source: str | None = None
+
+
+def parse_entry(obj: Any, action: Action = "insert") -> Entry:
+    """Turn one decoded JSON object into an :class:`Entry`; ``action`` holds where the object names none.
+
+    Raises:
+        ValueError: with a one-line reason, where the object is no ledger row.
+    """
+    if not isinstance(obj, Mapping):
+        raise ValueError("not a JSON object")
+    fields = dict(obj)
+    kind = fields.pop("type", None) or _guess_kind(fields)
+    if kind not in MODELS:
+        raise ValueError(f'unknown type "{kind}" (document, fact or question)')
+    chosen = fields.pop("action", action)
+    if chosen not in ("insert", "revise", "retract"):
+        raise ValueError(f'unknown action "{chosen}" (insert, revise or retract)')
+    source = fields.pop("source", None)
+    fields.pop("note", None)
+    if chosen == "retract":
+        if not fields.get("id"):
+            raise ValueError("a retraction needs an id")
+        return Entry("retract", kind, str(fields["id"]), None, source)
+    if "id" not in fields:
+        if chosen == "revise":
+            raise ValueError("a revision needs the id of the row it replaces")
+        fields["id"] = _made_id(kind, fields)
+    elif isinstance(fields["id"], int) and not isinstance(fields["id"], bool):
+        fields["id"] = str(fields["id"])
+    try:
+        row = MODELS[kind].model_validate(fields)
+    except ValidationError as error:
+        raise ValueError(_first_reason(error)) from None
+    return Entry(chosen, kind, row.id, row, source)
+
+
+def _guess_kind(fields: Mapping[str, Any]) -> str:
+    if "question" in fields:
+        return "question"
+    if "subject" in fields:
+        return "fact"
+    if "text" in fields:
+        return "document"
+    raise ValueError('no "type", and none of "text", "subject" or "question" to tell it by')
+
+
+def _made_id(kind: str, fields: Mapping[str, Any]) -> str:
+    keys = {"document": ("title", "text"), "fact": ("subject", "prompt", "object"), "question": ("question",)}[kind]
+    return content_id(kind[0], *(str(fields.get(key, "")) for key in keys))
+
+
+def _first_reason(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    what = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        what = "unknown field"
+    elif first["type"] == "missing":
+        what = "missing"
+    return f'"{where}": {what}' if where else what

@@ -1,0 +1,157 @@
+"""Metrics over answers, paired intervals and tests: each a plain function over numbers or strings."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# What counts as declining to answer, normalised. An empty answer counts too (SQuAD 2.0's convention).
+ABSTENTIONS = frozenset(
+    {
+        "",
+        "unknown",
+        "unanswerable",
+        "no answer",
+        "not known",
+        "not stated",
+        "not given",
+        "not mentioned",
+        "not specified",
+        "none",
+        "i dont know",
+        "i do not know",
+        "it is unknown",
+        "it is not known",
+        "not enough information",
+    }
+)
+
+
+def normalize(text: str) -> str:
+    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
+    text = text.lower().translate(_PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(answer: str, golds: Sequence[str]) -> float:
+    """1 where the answer's normal form is that of one of ``golds``, else 0."""
+    return float(any(normalize(answer) == normalize(gold) for gold in golds))
+
+
+def token_f1(answer: str, golds: Sequence[str]) -> float:
+    """The best F1 of bags of normalised words against one of ``golds`` (Rajpurkar et al. 2016)."""
+    return max((_f1(normalize(answer).split(), normalize(gold).split()) for gold in golds), default=0.0)
+
+
+def _f1(answer: list[str], gold: list[str]) -> float:
+    if not answer or not gold:
+        return float(answer == gold)
+    common = sum((Counter(answer) & Counter(gold)).values())
+    return 2 * common / (len(answer) + len(gold))
+
+
+def contains(answer: str, golds: Sequence[str]) -> float:
+    """1 where one of ``golds`` stands in the answer as whole words, both normalised, else 0."""
+    padded = f" {normalize(answer)} "
+    return float(any(normalize(gold) and f" {normalize(gold)} " in padded for gold in golds))
+
+
+def abstained(answer: str) -> float:
+    """1 where the answer declines to answer, else 0."""
+    return float(normalize(answer) in ABSTENTIONS)
+
+
+def f1_by_label(truth: Sequence[str], predicted: Sequence[str]) -> dict[str, float]:
+    """``micro_f1`` and ``macro_f1`` of single-label classification over the labels that occur in ``truth``.
+
+    A prediction outside those labels is a miss of the true label and a false alarm of none of them, as in
+    scikit-learn's ``f1_score(labels=...)``.
+    """
+    labels = sorted(set(truth))
+    if not labels:
+        return {"micro_f1": math.nan, "macro_f1": math.nan}
+    hits, misses, alarms = Counter[str](), Counter[str](), Counter[str]()
+    for true, given in zip(truth, predicted, strict=True):
+        if true == given:
+            hits[true] += 1
+        else:
+            misses[true] += 1
+            alarms[given] += 1
+    total = sum(hits.values())
+    false_alarms = sum(alarms[label] for label in labels)
+    micro = 2 * total / (2 * total + false_alarms + sum(misses.values()))
+    each = [2 * hits[x] / max(2 * hits[x] + misses[x] + alarms[x], 1) for x in labels]
+    return {"micro_f1": micro, "macro_f1": sum(each) / len(each)}
+
+
+def first_hit(ranked: Sequence[str], wanted: Sequence[str]) -> int | None:
+    """The rank (from 1) of the first of ``ranked`` that is in ``wanted``; None where none is."""
+    return next((rank for rank, one in enumerate(ranked, 1) if one in set(wanted)), None)
+
+
+def recall_share(found: Sequence[str], wanted: Sequence[str]) -> float:
+    """The share of ``wanted`` that is in ``found``; recall@k where ``found`` are the first k hits."""
+    return len(set(found) & set(wanted)) / len(set(wanted))
+
+
+def reciprocal_rank(rank: int | None) -> float:
+    """1 / rank; 0 where nothing was found. Its mean is the MRR."""
+    return 0.0 if rank is None else 1.0 / rank
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """The harmonic mean of positive numbers; 0 where one is 0 (MEMIT's S of ES, PS and NS)."""
+    return 0.0 if min(values) <= 0 else len(values) / sum(1 / v for v in values)
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean (Efron and Tibshirani 1993, ch. 13).
+
+    For paired differences, give the differences question by question.
+    """
+    means = _resampled_means(np.asarray(values, dtype=np.float64), resamples, seed)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def paired_difference(
+    ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Mean of ``ours - theirs`` over the same questions, with its 95 % paired bootstrap interval."""
+    differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    return float(differences.mean()), bootstrap_interval(differences.tolist(), seed=seed)
+
+
+def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Exact two-sided p-value of McNemar's test for two methods' right (1) and wrong (0) answers."""
+    only_ours = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    only_theirs = sum(a < b for a, b in zip(ours, theirs, strict=True))
+    if only_ours + only_theirs == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_ours, only_ours + only_theirs, 0.5).pvalue)
+
+
+def _resampled_means(values: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+    if len(values) == 0:
+        return np.full(1, math.nan)
+    generator = np.random.default_rng(seed)
+    # A thousand resamples at a time: 10,000 x 10,000 questions would take 800 MB at once.
+    step = max(1, min(1_000, 20_000_000 // len(values)))
+    means = [
+        values[generator.integers(0, len(values), (min(step, resamples - start), len(values)))].mean(axis=1)
+        for start in range(0, resamples, step)
+    ]
+    return np.concatenate(means)
