@@ -1,4 +1,4 @@
-"""What tests share: tiny models of every family, a tiny tokeniser, the example world, the embedded models, real rows."""
+"""What tests share: tiny models of every family, a tiny tokeniser, the example world, embedded models, real rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ FAMILIES = {
     "gemma2": _GROUPED | {"head_dim": 16, "sliding_window": 8},
     "gemma3_text": _GROUPED | {"head_dim": 16, "sliding_window": 8},
     "phi": _SMALL,
-    "opt": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+    },
     "t5": {"d_model": 32, "num_layers": 3, "num_heads": 4, "d_kv": 8, "d_ff": 64, "decoder_start_token_id": 0},
 }
 

@@ -2,10 +2,9 @@
 
 from collections import Counter
 
-from conftest import WORLD
-
 from byheart.check import check
 from byheart.formats import import_files, read_json_lines
+from conftest import WORLD
 
 
 def test_the_world_is_whole(world):
@@ -30,6 +29,8 @@ def test_its_changes_apply_and_leave_it_whole(world):
     assert report.bad == 0 and report.outcomes["retracted"] == 6
     assert list(check(world)) == []
     assert world.count("fact") == 114
-    changed = [c for c in world.history() if c.kind == "fact" and c.action == "revise" and c.before.object != c.after.object]
+    changed = [
+        c for c in world.history() if c.kind == "fact" and c.action == "revise" and c.before.object != c.after.object
+    ]
     assert len(changed) == 14
     assert all(c.after.former_object == c.before.object and c.source for c in changed)

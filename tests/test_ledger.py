@@ -48,7 +48,12 @@ def test_history_holds_every_version_with_time_and_source(ledger):
     ledger.retract("fact", "f1", source="c")
     ledger.revise(FACT, source="d")
     changes = list(ledger.history("f1"))
-    assert [(c.action, c.source) for c in changes] == [("insert", "a"), ("revise", "b"), ("retract", "c"), ("revise", "d")]
+    assert [(c.action, c.source) for c in changes] == [
+        ("insert", "a"),
+        ("revise", "b"),
+        ("retract", "c"),
+        ("revise", "d"),
+    ]
     assert [(c.before, c.after) for c in changes] == [(None, FACT), (FACT, new), (new, None), (None, FACT)]
     assert [c.time for c in changes] == sorted(c.time for c in changes)
     assert ledger.revision == 4
@@ -74,7 +79,9 @@ def test_wrong_changes_are_refused_and_leave_the_ledger_alone(ledger):
 
 
 _steps = st.lists(
-    st.tuples(st.sampled_from(["insert", "revise", "retract"]), st.sampled_from("abc"), st.sampled_from(["x", "y", "z"])),
+    st.tuples(
+        st.sampled_from(["insert", "revise", "retract"]), st.sampled_from("abc"), st.sampled_from(["x", "y", "z"])
+    ),
     max_size=25,
 )
 

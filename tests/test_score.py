@@ -71,8 +71,12 @@ def test_label_f1_is_scikit_learns(rows):
 
 
 def test_mean_reciprocal_rank_on_the_textbook_example():
-    # cat -> catten, cati, cats; torus -> torii, tori, toruses; virus -> viruses, ...: MRR = (1/3 + 1/2 + 1) / 3 = 11/18.
-    queries = [(["catten", "cati", "cats"], "cats"), (["torii", "tori", "toruses"], "tori"), (["viruses", "virii"], "viruses")]
+    # Plurals of cat, torus and virus, right at ranks 3, 2 and 1: MRR = (1/3 + 1/2 + 1) / 3 = 11/18.
+    queries = [
+        (["catten", "cati", "cats"], "cats"),
+        (["torii", "tori", "toruses"], "tori"),
+        (["viruses", "virii"], "viruses"),
+    ]
     ranks = [first_hit(ranked, [right]) for ranked, right in queries]
     assert ranks == [3, 2, 1]
     assert sum(map(reciprocal_rank, ranks)) / 3 == pytest.approx(11 / 18)

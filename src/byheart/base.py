@@ -7,14 +7,13 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from byheart import embedded
 from byheart.errors import DataError, UsageError
@@ -47,12 +46,14 @@ class Base:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' type."""
-        return next(self.model.parameters()).dtype
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     @cached_property
     def line_ends(self) -> frozenset[int]:
@@ -150,7 +151,7 @@ def load_base(
     except DataError:
         raise
     # transformers raises many types for files that are wrong in many ways; each ends in the same one sentence.
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except Exception as error:
         raise DataError(f"{name}: cannot be loaded as a model ({_first_line(error)})") from error
     return make_base(name, model.to(target), tokenizer, folder=path if path.exists() else None)
 
@@ -193,39 +194,33 @@ def _load_folder_or_hub(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(name)
         loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         # use_safetensors: pickled weights could run code, so they are not read at all.
-        model = loader.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        model, info = loader.from_pretrained(name, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        if info["missing_keys"]:
+            # transformers would fill them with random numbers, and every figure would be wrong without a word.
+            raise DataError(
+                f"{name}: the weights lack {len(info['missing_keys'])} tensors, such as {min(info['missing_keys'])}"
+            )
         tokenizer = AutoTokenizer.from_pretrained(name)
     return model, tokenizer
 
 
-class quiet_transformers:
-    """Keeps transformers' bars and warnings off the terminal while a model loads; a block, like ``open``."""
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars and warnings off the terminal while a model loads or is saved."""
+    from transformers.utils import logging as hf
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf
-
-        self._level = hf.get_verbosity()
-        self._bars = hf.is_progress_bar_enabled()
-        hf.set_verbosity(logging.ERROR)
-        hf.disable_progress_bar()
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity(logging.ERROR)
+    hf.disable_progress_bar()
+    try:
         # The GGUF reader draws a bar that no switch turns off.
-        self._stderr = contextlib.redirect_stderr(io.StringIO())
-        self._stderr.__enter__()
-
-    def __exit__(self, *exc: object) -> None:
-        from transformers.utils import logging as hf
-
-        self._stderr.__exit__(None, None, None)
-
-        hf.set_verbosity(self._level)
-        if self._bars:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        hf.set_verbosity(level)
+        if bars:
             hf.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def count_parameters(module: nn.Module) -> int:
-    """How many parameters a module has; shared ones once."""
-    return sum(p.numel() for p in module.parameters())

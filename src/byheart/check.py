@@ -61,7 +61,9 @@ def _facts(ledger: Ledger) -> Iterator[Finding]:
         if document is None:
             yield Finding("dangling", "fact", fact.id, f"document {fact.document} is not in the ledger")
         elif fact.span is not None and fact.span[1] > len(document.text):
-            yield Finding("span", "fact", fact.id, f"ends at {fact.span[1]}, document {document.id} at {len(document.text)}")
+            yield Finding(
+                "span", "fact", fact.id, f"ends at {fact.span[1]}, document {document.id} at {len(document.text)}"
+            )
         elif fact.span is not None and not contains(document.text[slice(*fact.span)], [fact.object]):
             yield Finding("span", "fact", fact.id, f'does not hold "{fact.object}" in document {document.id}')
 

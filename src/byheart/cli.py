@@ -45,7 +45,9 @@ MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longes
 Seed = Annotated[int, typer.Option("--seed", help="What everything random is drawn from.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Ask only so many questions, drawn by the seed.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; by default CUDA where it is.")]
-DtypeName = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default what is fast.")]
+DtypeName = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default what is fast.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Source = Annotated[str | None, typer.Option("--source", help="Who says so; kept with every change.")]
 
@@ -109,9 +111,9 @@ def _compare(
     from byheart.ledger import Ledger
 
     settings = _settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed)
-    names = _method_names(methods)
+    names, splits = _method_names(methods), _splits(split)
     with Ledger(ledger) as opened:
-        _run(opened, base, names, out, settings, _splits(split), limit, device, dtype, as_json, {})
+        _run(opened, base, names, out, settings, splits, limit, device, dtype, as_json, {})
 
 
 @bench_app.command("nq")
@@ -210,7 +212,9 @@ def _learn(
     settings = _settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed)
     show = Terminal()
     with Ledger(ledger) as opened:
-        learner = cls(load_base(base, device=device, dtype=dtype, say=show.say), settings, out.parent / f".{out.name}.work")
+        learner = cls(
+            load_base(base, device=device, dtype=dtype, say=show.say), settings, out.parent / f".{out.name}.work"
+        )
         with show.bar(f"{method}: learning", opened.count("document")) as tick:
             report = learner.learn(opened, tick)
         learner.save_pretrained(out)
@@ -220,7 +224,9 @@ def _learn(
 
 @app.command("ask")
 def _ask(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="What `byheart learn` wrote; several go side by side.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="What `byheart learn` wrote; several go side by side.")
+    ],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
     base: BaseName = "smollm2-135m",
     device: Device = None,
@@ -324,7 +330,9 @@ def _ledger_add(
     ledger: LedgerFile,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".jsonl, .jsonl.gz, .txt or .md files.")],
     source: Source = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad lines out instead of importing nothing.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad lines out instead of importing nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring files into a ledger (made if it is not there): all rows, or none where a line is bad."""
@@ -334,9 +342,13 @@ def _ledger_add(
 @ledger_app.command("revise")
 def _ledger_revise(
     ledger: LedgerFile,
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSONL of whole rows with the ids to replace.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="JSONL of whole rows with the ids to replace.")
+    ],
     source: Source = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad lines out instead of changing nothing.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad lines out instead of changing nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Replace rows by id; lines may say "action": "retract" or "insert" themselves."""
@@ -420,9 +432,8 @@ def _ledger_history(
             )
             moved = sorted(k for k in after if before[k] != after[k]) if before and after else []
             if as_json:
-                record = {"revision": change.revision, "time": change.time, "action": change.action, "type": change.kind,
-                          "id": change.id, "source": change.source, "before": before, "after": after}  # fmt: skip
-                print(json.dumps(record, ensure_ascii=False))
+                record = {k: getattr(change, k) for k in ("revision", "time", "action", "kind", "id", "source")}
+                print(json.dumps(record | {"before": before, "after": after}, ensure_ascii=False))
                 continue
             what = "".join(f"\n    {k}: {_short(before[k])} -> {_short(after[k])}" for k in moved if before and after)
             source = f" ({change.source})" if change.source else ""
@@ -474,7 +485,9 @@ def _index_build(
 
 
 @index_app.command("add")
-def _index_add(ledger: LedgerFile, out: Out, device: Device = None, dtype: DtypeName = None, as_json: AsJson = False) -> None:
+def _index_add(
+    ledger: LedgerFile, out: Out, device: Device = None, dtype: DtypeName = None, as_json: AsJson = False
+) -> None:
     """Bring an index up to date with its ledger: what was inserted, revised or retracted since."""
     from byheart.storage import read_json
 
@@ -483,7 +496,9 @@ def _index_add(ledger: LedgerFile, out: Out, device: Device = None, dtype: Dtype
 
 
 @index_app.command("remove")
-def _index_remove(index: IndexFolder, ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Documents.")]) -> None:
+def _index_remove(
+    index: IndexFolder, ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Documents.")]
+) -> None:
     """Take documents out of an index."""
     from byheart.encoder import EncoderCard
     from byheart.errors import DataError
@@ -611,9 +626,7 @@ def _run(
 
     show = Terminal()
     model = load_base(base, device=device, dtype=dtype, say=show.say)
-    run = compare(
-        ledger, model, names, out, settings, splits=splits, limit=limit, origin=origin, progress=show
-    )
+    run = compare(ledger, model, names, out, settings, splits=splits, limit=limit, origin=origin, progress=show)
     report = write_report(out)
     if as_json:
         print(json.dumps(run, ensure_ascii=False, indent=2))

@@ -164,7 +164,9 @@ def question_metrics(question: Question, answer: Answer) -> dict[str, float]:
     return values
 
 
-def summarise(questions: Sequence[Question], answers: Sequence[Answer], report: LearnReport, seed: int) -> dict[str, Any]:
+def summarise(
+    questions: Sequence[Question], answers: Sequence[Answer], report: LearnReport, seed: int
+) -> dict[str, Any]:
     """A method's entry in ``run.json``: means with 95 % bootstrap intervals, over all questions and kind by kind."""
     rows = [question_metrics(q, a) for q, a in zip(questions, answers, strict=True)]
     asked = [a for a in answers if a.skipped is None]
@@ -198,8 +200,7 @@ def summarise(questions: Sequence[Question], answers: Sequence[Answer], report: 
 def pairs(questions: Sequence[Question], answers: dict[str, list[Answer]], seed: int) -> list[dict[str, Any]]:
     """Differences between every two methods on the questions that both answered, with intervals and p-values."""
     rows = {
-        name: [question_metrics(q, a) for q, a in zip(questions, given, strict=True)]
-        for name, given in answers.items()
+        name: [question_metrics(q, a) for q, a in zip(questions, given, strict=True)] for name, given in answers.items()
     }
     found = []
     for theirs, ours in combinations(rows, 2):

@@ -1,4 +1,4 @@
-"""The model's hot path: many prompts continued greedily in batches, and given continuations scored, from one prefill."""
+"""The model's hot path: many prompts continued greedily in batches, and options scored, from one prefill."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Completion:
     seconds: float
 
 
-class _Buffer(DynamicLayer):
+class _Buffer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values in a buffer taken once: a step writes its own columns and copies nothing else."""
 
     def __init__(self, capacity: int) -> None:
@@ -270,7 +270,7 @@ class _Causal(_Work):
         return len(self.base.parts.blocks)
 
     def batch(self, rows: Sequence[int]) -> list[_Result]:
-        base, shared, device = self.base, self.shared, self.base.device
+        shared, device = self.shared, self.base.device
         rest = [self.prompts[row][shared:] for row in rows]
         width = max(map(len, rest))
         capacity = shared + width + max(self.max_new, self.longest_option(rows))

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from byheart import embedded
@@ -52,6 +54,17 @@ class Encoder:
     model: Any
     tokenizer: Any
 
+    @cached_property
+    def splitter(self) -> Tokenizer:
+        """The tokeniser to cut documents with: a copy that never truncates.
+
+        transformers switches truncation on in the tokeniser itself, where it stays on for the next caller.
+        """
+        copy = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+        return copy
+
     def encode(
         self,
         texts: Sequence[str],
@@ -62,6 +75,8 @@ class Encoder:
         """Vectors (len(texts), dim) in float32; a text over ``max_tokens`` (the card's by default) is cut there."""
         limit = min(max_tokens or self.card.max_tokens, self.card.limit)
         device = next(self.model.parameters()).device
+        if not texts:
+            return np.empty((0, self.card.dim), dtype=np.float32)
         rows = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         out = np.empty((len(rows), self.card.dim), dtype=np.float32)
@@ -116,7 +131,8 @@ def load_encoder(
         with quiet_transformers():
             model = AutoModel.from_pretrained(folder, dtype=wanted, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    # transformers raises many types for files that are wrong in many ways; each ends in the same one sentence.
+    except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DataError(f"{name}: cannot be loaded as an encoder ({first})") from error
     model.to(target).eval().requires_grad_(False)
@@ -125,9 +141,7 @@ def load_encoder(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(sha256(file).encode())
-    card = EncoderCard(
-        name=name, hash=digest.hexdigest()[:32], dim=model.config.hidden_size, limit=limit, **settings
-    )
+    card = EncoderCard(name=name, hash=digest.hexdigest()[:32], dim=model.config.hidden_size, limit=limit, **settings)
     return Encoder(card, model, tokenizer)
 
 
@@ -149,7 +163,9 @@ def _settings(folder: Path, limit: int) -> dict[str, Any]:
         return {key: settings[key] for key in ("pooling", "normalize", "max_tokens")}
     if not (folder / "modules.json").exists():
         return {"pooling": "mean", "normalize": False, "max_tokens": limit}
-    modules = {module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in read_json(folder / "modules.json")}
+    modules = {
+        module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in read_json(folder / "modules.json")
+    }
     pooling = read_json(modules["Pooling"] / "config.json") if "Pooling" in modules else {}
     chosen = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True]
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}

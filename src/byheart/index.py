@@ -63,7 +63,9 @@ class Index:
         self.rows = cast(int, self._db.execute("SELECT coalesce(max(row), -1) + 1 FROM passages").fetchone()[0])
         needed = self.rows * self.dim * 4
         if self._vectors_path.stat().st_size < needed:
-            raise DataError(f"{self._vectors_path}: shorter than its {self.rows} rows need; delete {self.path} and index again")
+            raise DataError(
+                f"{self._vectors_path}: shorter than its {self.rows} rows need; delete {self.path} and index again"
+            )
         if self._vectors_path.stat().st_size > needed:
             os.truncate(self._vectors_path, needed)
         self.live = np.ones(self.rows, dtype=bool)
@@ -120,10 +122,7 @@ class Index:
             self._db.executemany("UPDATE passages SET live = 0 WHERE document = ?", [(one,) for one in remove])
             self._db.executemany(
                 "INSERT INTO passages (row, document, start, end, title, text) VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (self.rows + n, p.document, p.start, p.end, p.title, p.text)
-                    for n, p in enumerate(passages)
-                ],
+                [(self.rows + n, p.document, p.start, p.end, p.title, p.text) for n, p in enumerate(passages)],
             )
             self._db.executemany(
                 "INSERT OR REPLACE INTO state VALUES (?, ?)",
@@ -185,9 +184,7 @@ class Index:
         self._db.close()
 
 
-def _top(
-    scores: NDArray[np.float32], rows: NDArray[np.int64], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _top(scores: NDArray[np.float32], rows: NDArray[np.int64], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     if scores.shape[1] > k:
         # argpartition leaves ties at the border to chance; k more than needed keeps them in row order in practice.
         part = np.argpartition(-scores, min(2 * k, scores.shape[1] - 1), axis=1)[:, : 2 * k]
@@ -199,7 +196,12 @@ def _top(
 def _same_stamp(path: Path, found: Any, wanted: dict[str, Any]) -> None:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise DataError(f"{path}: not an index that this byheart reads")
-    for key, label in (("hash", "encoder"), ("pooling", "pooling"), ("normalize", "normalisation"), ("metric", "metric")):
+    for key, label in (
+        ("hash", "encoder"),
+        ("pooling", "pooling"),
+        ("normalize", "normalisation"),
+        ("metric", "metric"),
+    ):
         theirs, ours = found["encoder"].get(key), wanted["encoder"][key]
         if theirs != ours:
             raise DataError(
@@ -207,4 +209,6 @@ def _same_stamp(path: Path, found: Any, wanted: dict[str, Any]) -> None:
                 f"{wanted['encoder']['name']}: {ours}; use that encoder, or index again into another folder"
             )
     if found["segment"] != wanted["segment"]:
-        raise DataError(f"{path}: holds segments of {found['segment']}, not {wanted['segment']}; index into another folder")
+        raise DataError(
+            f"{path}: holds segments of {found['segment']}, not {wanted['segment']}; index into another folder"
+        )

@@ -16,8 +16,8 @@ from byheart.rows import MODELS, Action, Document, Entry, Fact, Kind, Question, 
 
 SCHEMA_VERSION = 1
 _TABLES: dict[Kind, str] = {"document": "documents", "fact": "facts", "question": "questions"}
-# A row is kept as its JSON object; what queries need stands beside it as generated columns, so that both can
-# never disagree and plain SQL tools still see columns.
+# A row is kept as its JSON object, less the fields that hold their defaults; what queries need stands beside it as
+# generated columns, so that both can never disagree and plain SQL tools still see columns.
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE events (
@@ -36,8 +36,8 @@ CREATE TABLE facts (
 );
 CREATE TABLE questions (
     seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, revision INTEGER NOT NULL, retracted INTEGER NOT NULL DEFAULT 0,
-    body TEXT NOT NULL, question TEXT AS (body ->> '$.question'), kind TEXT AS (body ->> '$.kind'),
-    split TEXT AS (body ->> '$.split')
+    body TEXT NOT NULL, question TEXT AS (body ->> '$.question'),
+    kind TEXT AS (coalesce(body ->> '$.kind', 'direct')), split TEXT AS (coalesce(body ->> '$.split', 'test'))
 );
 """
 Outcome = Literal["inserted", "revised", "retracted", "unchanged"]
@@ -201,9 +201,7 @@ class Ledger:
 
     def count(self, kind: Kind) -> int:
         """How many rows of ``kind`` hold now."""
-        return cast(
-            int, self._db.execute(f"SELECT count(*) FROM {_TABLES[kind]} WHERE NOT retracted").fetchone()[0]
-        )
+        return cast(int, self._db.execute(f"SELECT count(*) FROM {_TABLES[kind]} WHERE NOT retracted").fetchone()[0])
 
     def documents(self, after: str | None = None) -> Iterator[Document]:
         """The documents that hold now, in the order they came; streamed. ``after``: only those behind this id."""

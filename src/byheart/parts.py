@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -287,7 +288,7 @@ def _is_chain(calls: Sequence[_Call | None]) -> bool:
         and bool(b.inputs)
         and a.output.shape == b.inputs[0].shape
         and torch.equal(a.output, b.inputs[0])
-        for a, b in zip(calls, calls[1:], strict=False)
+        for a, b in pairwise(calls)
     ) and all(call is not None and bool(call.inputs) for call in calls)
 
 
@@ -323,7 +324,7 @@ def _ratio(a: Tensor, b: Tensor) -> float | None:
 
 
 def _is_norm(call: _Call, d_model: int) -> bool:
-    weights = [p for p in call.module.parameters(recurse=False)]
+    weights = list(call.module.parameters(recurse=False))
     return bool(weights) and weights[0].shape == (d_model,) and call.output.shape[-1] == d_model
 
 

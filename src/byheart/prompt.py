@@ -58,6 +58,8 @@ class PromptFormat:
         shown = [
             f"{_turn(e.question, None if passages is None or e.passage is None else [e.passage])} {e.answer}"
             for e in self.examples
+            # Where training questions are asked, to choose settings, none may be shown with its answer.
+            if e.question != question
         ]
         text = "\n\n".join([*shown, _turn(question, passages, choices)])
         if not self._chat:

@@ -21,7 +21,11 @@ QUALITY = (
     ("f1", "F1", "overlap of words with the best right answer"),
     ("contains", "contains", "share of answers that contain a right one"),
     ("accuracy", "accuracy", "share of questions whose right choice is the likeliest"),
-    ("accuracy_calibrated", "accuracy (cal.)", "the same, after subtracting each choice's likelihood without the question"),
+    (
+        "accuracy_calibrated",
+        "accuracy (cal.)",
+        "the same, after subtracting each choice's likelihood without the question",
+    ),
     ("micro_f1", "micro-F1", "over the labels"),
     ("macro_f1", "macro-F1", "over the labels, each counted alike"),
     ("answer_probability", "p(answer)", "per-token probability of the first right answer"),
@@ -245,7 +249,9 @@ def _dots(rows: list[dict[str, Any]], label: str, colours: dict[str, str], *, fa
     bars = chart.mark_rule(strokeWidth=2).encode(
         x=alt.X("low:Q", scale=scale, title=f"{label}, 95 % interval"), x2="high:Q", y=row, color=colour
     )
-    points = chart.mark_point(filled=True, size=90, opacity=1).encode(x=alt.X("value:Q", scale=scale), y=row, color=colour)
+    points = chart.mark_point(filled=True, size=90, opacity=1).encode(
+        x=alt.X("value:Q", scale=scale), y=row, color=colour
+    )
     layered = alt.layer(bars, points).properties(width=380, height=34 * len(order))
     if facet:
         layered = layered.properties(width=230).facet(alt.Facet("kind:N", title=None), columns=2)
@@ -265,9 +271,13 @@ def _scatter(
     scale = alt.Scale(type="log", nice=True) if log else alt.Scale(zero=True, nice=True)
     x = alt.X(f"{key}:Q", title=title, scale=scale)
     colour = _colour(colours)
-    limits = chart.mark_rule().encode(x=x, y=alt.Y("low:Q", scale=alt.Scale(domain=[0, top]), title=label), y2="high:Q", color=colour)
+    limits = chart.mark_rule().encode(
+        x=x, y=alt.Y("low:Q", scale=alt.Scale(domain=[0, top]), title=label), y2="high:Q", color=colour
+    )
     points = chart.mark_point(filled=True, size=90, opacity=1).encode(x=x, y="value:Q", color=colour)
-    names = chart.mark_text(align="left", dx=9, dy=-7, fontSize=12).encode(x=x, y="value:Q", text="method:N", color=colour)
+    names = chart.mark_text(align="left", dx=9, dy=-7, fontSize=12).encode(
+        x=x, y="value:Q", text="method:N", color=colour
+    )
     return _svg(alt.layer(limits, points, names).properties(width=380, height=230))
 
 

@@ -48,9 +48,7 @@ class Retriever:
         while True:
             ranked = self._ranked(questions, pool)
             passages = self.index.passages(row for hits in ranked for row, _ in hits)
-            found = [
-                distinct((replace(passages[row], score=score) for row, score in hits), k) for hits in ranked
-            ]
+            found = [distinct((replace(passages[row], score=score) for row, score in hits), k) for hits in ranked]
             # Overlapping windows of one long page can fill the pool; look further down then.
             if all(len(hits) == k for hits in found) or pool >= len(self.index):
                 return found
@@ -76,9 +74,7 @@ def fuse(dense: dict[int, float], lexical: dict[int, float], weight: float = BM2
     """
     top = max(lexical.values(), default=0.0) or 1.0
     floor = min(dense.values(), default=0.0)
-    fused = {
-        row: dense.get(row, floor) + weight * lexical.get(row, 0.0) / top for row in dense.keys() | lexical.keys()
-    }
+    fused = {row: dense.get(row, floor) + weight * lexical.get(row, 0.0) / top for row in dense.keys() | lexical.keys()}
     return sorted(fused.items(), key=lambda hit: (-hit[1], hit[0]))
 
 
@@ -127,9 +123,7 @@ class Lexical:
 
     def search(self, questions: Sequence[str], k: int) -> list[dict[int, float]]:
         """Row numbers with their BM25 scores, best first; rows that share no word with the question are left out."""
-        places, scores = self._engine.retrieve(
-            self._tokens(questions), k=min(k, len(self._rows)), show_progress=False
-        )
+        places, scores = self._engine.retrieve(self._tokens(questions), k=min(k, len(self._rows)), show_progress=False)
         return [
             {int(self._rows[p]): float(s) for p, s in zip(ps, ss, strict=True) if s > 0}
             for ps, ss in zip(places, scores, strict=True)
@@ -203,7 +197,7 @@ def _put(
     """Index ``documents``, out with what the index held of ``remove``, and note ``state``: one step, whole or not."""
     began = time.perf_counter()
     size, _ = parse_preset(preset)
-    passages = list(segment(documents, encoder.tokenizer.backend_tokenizer, preset))
+    passages = list(segment(documents, encoder.splitter, preset))
     # A window counts its own tokens; title and special tokens come on top.
     vectors = encoder.encode([searchable(p) for p in passages], max_tokens=size + _TITLE_ROOM)
     seconds = index.state("seconds", 0.0) + time.perf_counter() - began

@@ -38,5 +38,8 @@ def load_benchmark(
         if "revise it" in str(error):
             raise DataError(f"{path}: holds other rows of {benchmark.name} ({error}); name another --out") from None
         raise
-    say(f"{benchmark.title}: {ledger.count('document')} documents, {ledger.count('question')} questions ({new} rows new)")
+    say(
+        f"{benchmark.title}: {ledger.count('document')} documents, "
+        f"{ledger.count('question')} questions ({new} rows new)"
+    )
     return ledger, {"title": benchmark.title} | benchmark.origin

@@ -49,7 +49,7 @@ def _open_qa(name: str, title: str, data: str, corpus: Path | None) -> Benchmark
         files = _question_files(path)
         if corpus is None and path.is_dir():
             corpus = next((path / one for one in _CORPUS_NAMES if (path / one).exists()), None)
-        sources = [(file, split) for file, split in files if file != corpus]
+        sources: list[tuple[Path | str, Split | None]] = [(file, split) for file, split in files if file != corpus]
     elif data.startswith((".", "/")) or ("/" in data and path.parent.exists()):
         raise DataError(f"--data {data}: no such file or folder")
     else:
@@ -91,12 +91,12 @@ def read_corpus(path: Path) -> Iterator[Document]:
     """
     if path.suffix == ".tsv":
         with path.open(newline="", encoding="utf-8") as stream:
-            for number, row in enumerate(csv.reader(stream, delimiter="\t"), 1):
-                if row[:2] == ["id", "text"]:
+            for number, cells in enumerate(csv.reader(stream, delimiter="\t"), 1):
+                if cells[:2] == ["id", "text"]:
                     continue
-                if len(row) < 2:
+                if len(cells) < 2:
                     raise DataError(f"{path}:{number}: needs id, text and title with tabs between them")
-                yield _document(path, number, row[0], row[2] if len(row) > 2 else "", row[1])
+                yield _document(path, number, cells[0], cells[2] if len(cells) > 2 else "", cells[1])
         return
     for number, row in enumerate(read_objects(path, ("text",)), 1):
         id = row.get("id")
@@ -120,11 +120,11 @@ def _raw(source: Any, split: Split | None) -> Iterator[tuple[dict[str, Any], Spl
         for row in read_objects(source, ("question",)):
             yield row, split or "validation"
     elif isinstance(source, Path) and source.suffix == ".json":
-        for row in _triviaqa_file(source):
-            yield row, split or "validation"
+        for entry in _triviaqa_file(source):
+            yield entry, split or "validation"
     else:
-        for row, found in _with_datasets(source):
-            yield row, split or found
+        for found_row, found in _with_datasets(source):
+            yield found_row, split or found
 
 
 def _triviaqa_file(path: Path) -> Iterator[dict[str, Any]]:
@@ -164,7 +164,9 @@ def _question(name: str, source: Any, row: dict[str, Any], split: Split) -> Ques
         raise DataError(f"{source}: a question needs a text and a list of answers: {json.dumps(row)[:120]}")
     gold = row.get("gold_pid")
     return Question(
-        id=f"{name}-{split}-{row['id']}" if row.get("id") is not None and gold is not None else content_id("q", split, text),
+        id=f"{name}-{split}-{row['id']}"
+        if row.get("id") is not None and gold is not None
+        else content_id("q", split, text),
         question=text.strip(),
         answers=[a for a in answers if isinstance(a, str) and a.strip()],
         documents=[] if gold is None else [str(gold)],

@@ -48,7 +48,7 @@ class _Control:
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Draw the examples; nothing is written into the model."""
         chosen = choose_examples(
-            ledger, self.settings.shots, self.settings.seed, self._tokens, self.settings.segment
+            ledger, self.settings.shots, self.settings.seed, self.encoder.splitter, self.settings.segment
         )
         self.form = PromptFormat(self.base.tokenizer, chosen, chat=self.settings.chat)
         return LearnReport()
@@ -123,10 +123,6 @@ class _Control:
         method.form = PromptFormat(base.tokenizer, examples, chat=method.settings.chat)
         return method
 
-    @property
-    def _tokens(self):  # type: ignore[no-untyped-def]
-        return self.encoder.tokenizer.backend_tokenizer
-
 
 class Closed(_Control):
     """Closed book: the question alone. What the model knows already."""
@@ -161,9 +157,7 @@ class Context(_Control):
     def answer(self, questions: Sequence[Question], progress: Progress = _NOTHING) -> list[Answer]:
         """Answers with the passages that were found for them; their time counts the search."""
         began = time.perf_counter()
-        ranked = self._retriever.retrieve(
-            [q.question for q in questions], max(self.settings.k, RECALL_DEPTH)
-        )
+        ranked = self._retriever.retrieve([q.question for q in questions], max(self.settings.k, RECALL_DEPTH))
         self._found = {q.id: hits for q, hits in zip(questions, ranked, strict=True)}
         share = (time.perf_counter() - began) / max(len(questions), 1)
         return [
@@ -206,7 +200,8 @@ class Gold(_Control):
     def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
         """A window of each of the question's documents."""
         return [
-            gold_passages(self._ledger, q, self._tokens, self.settings.segment) or "names no document of the ledger"
+            gold_passages(self._ledger, q, self.encoder.splitter, self.settings.segment)
+            or "names no document of the ledger"
             for q in questions
         ]
 
@@ -230,7 +225,7 @@ class Shuffled(Gold):
             if document is None or document.id in question.documents:
                 continue
             elsewhere = question.model_copy(update={"documents": [document.id], "facts": []})
-            passages = gold_passages(self._ledger, elsewhere, self._tokens, self.settings.segment)
+            passages = gold_passages(self._ledger, elsewhere, self.encoder.splitter, self.settings.segment)
             if not contains(passages[0].text, question.answers):
                 return passages
         return "the ledger has no passage without its answer"

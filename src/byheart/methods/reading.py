@@ -44,9 +44,7 @@ def _likelihood_without_question(
     base: Base, form: PromptFormat, questions: Sequence[Question]
 ) -> dict[tuple[str, ...], tuple[float, ...]]:
     sets = list(dict.fromkeys(tuple(q.choices) for q in questions if q.choices))
-    jobs = [
-        Job(form.prompt(_CONTENT_FREE, None, choices), tuple(map(form.continuation, choices))) for choices in sets
-    ]
+    jobs = [Job(form.prompt(_CONTENT_FREE, None, choices), tuple(map(form.continuation, choices))) for choices in sets]
     done = complete(base, jobs, max_new_tokens=0)
     return {choices: completion.options for choices, completion in zip(sets, done, strict=True)}
 

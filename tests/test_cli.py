@@ -1,0 +1,126 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, WORLD
+
+COMMANDS = ["compare", "bench", "learn", "ask", "ledger", "index", "models", "doctor", "report"]
+
+
+def byheart(*arguments, cwd=None, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", "from byheart.cli import main; main()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nsys.argv = ['byheart', '--help']\nfrom byheart.cli import main\n"
+        "try: main()\nexcept SystemExit as e: assert not e.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'rich', 'jinja2'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert f"  {command} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["nonsense"], 2, "No such command"),
+        (["compare"], 2, "Missing"),
+        (["compare", "x.db", "--out", "o", "--methods", "nope"], 2, 'no method "nope"'),
+        (["compare", "x.db", "--out", "o", "--segment", "64/128"], 2, "--segment 64/128"),
+        (["compare", "x.db", "--out", "o", "--retriever", "magic"], 2, "--retriever magic"),
+        (["compare", "x.db", "--out", "o", "--k", "0"], 2, "--k"),
+        (["compare", "x.db", "--out", "o", "--split", "all"], 2, "--split all"),
+        (["compare", "x.db", "--out", "o"], 3, "x.db: no such ledger"),
+        (["ledger", "add", "x.db", "missing.jsonl"], 3, "missing.jsonl: no such file"),
+        (["ledger", "show", "x.db"], 3, "x.db: no such ledger"),
+        (["bench", "nq", "--data", "./nowhere"], 3, "./nowhere: no such file"),
+        (["index", "search", "nowhere", "q"], 3, "manifest.json: missing"),
+        (["report", "nowhere"], 3, "run.json: missing"),
+        (["ask", "nowhere", "q"], 3, "byheart.json: missing"),
+        (["learn", "magic", "x.db", "--out", "o"], 2, 'no method "magic"'),
+    ],
+)
+def test_bad_input_is_one_sentence_and_the_right_exit_code(tmp_path, arguments, code, said):
+    done = byheart(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert not (tmp_path / "x.db").exists()
+
+
+def test_a_ledger_by_hand(tmp_path):
+    files = [WORLD / f"{name}.jsonl" for name in ("documents", "facts", "questions")]
+    assert "410 inserted" in byheart("ledger", "add", tmp_path / "w.db", *files).stdout
+    assert "410 unchanged" in byheart("ledger", "add", tmp_path / "w.db", *files).stdout
+    assert byheart("ledger", "check", tmp_path / "w.db").returncode == 0
+    changes = byheart("ledger", "revise", tmp_path / "w.db", WORLD / "changes.jsonl", "--json")
+    assert json.loads(changes.stdout)["retracted"] == 6
+    history = byheart("ledger", "history", tmp_path / "w.db", "fact-011").stdout
+    assert "object: " in history and "Harbour Gazette" in history
+    shown = json.loads(byheart("ledger", "show", tmp_path / "w.db").stdout)
+    assert shown["facts"] == 114
+    assert byheart("ledger", "retract", tmp_path / "w.db", "page-vellmora").returncode == 0
+    found = byheart("ledger", "check", tmp_path / "w.db", "--json")
+    assert found.returncode == 3
+    assert {json.loads(line)["problem"] for line in found.stdout.splitlines()} == {"dangling"}
+    assert byheart("ledger", "retract", tmp_path / "w.db", "nope").returncode == 3
+
+
+def test_bad_lines_on_the_command_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "Fine."}\n{"text": ""}\n')
+    done = byheart("ledger", "add", "l.db", "bad.jsonl", cwd=tmp_path)
+    assert done.returncode == 3 and "bad.jsonl:2:" in done.stderr and "Nothing was imported" in done.stderr
+    done = byheart("ledger", "add", "l.db", "bad.jsonl", "--skip-bad", cwd=tmp_path)
+    assert done.returncode == 0 and "1 inserted" in done.stdout and "1 bad line." in done.stderr
+
+
+def test_a_model_that_is_none_is_named(tmp_path):
+    (tmp_path / "m").mkdir()
+    done = byheart("doctor", "--base", "m", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 3 and done.stderr.startswith("error: m: cannot be loaded as a model")
+    (tmp_path / "m.gguf").write_bytes(b"GGUFnot")
+    done = byheart("doctor", "--base", "m.gguf", cwd=tmp_path)
+    assert done.returncode == 3 and done.stderr.startswith("error: m.gguf")
+    done = byheart("doctor", "--device", "toaster", cwd=tmp_path)
+    assert done.returncode == 2 and "--device toaster" in done.stderr
+
+
+@pytest.mark.real
+def test_learn_ask_index_and_doctor(tmp_path, smollm, minilm):
+    byheart("ledger", "add", "w.db", *(WORLD / f"{name}.jsonl" for name in ("documents", "questions")), cwd=tmp_path)
+    assert byheart("index", "build", "w.db", "--out", "i", cwd=tmp_path).returncode == 0
+    hits = json.loads(
+        byheart("index", "search", "i", "Who is harbour master of Pell Cove?", "--json", cwd=tmp_path).stdout
+    )
+    assert hits[0]["document"] == "page-pell-cove"
+    assert byheart("index", "remove", "i", "page-pell-cove", cwd=tmp_path).returncode == 0
+    assert json.loads(byheart("index", "stats", "i", cwd=tmp_path).stdout)["documents"] == 39
+    done = byheart("learn", "context", "w.db", "--out", "learnt", "--shots", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["i", "learnt", "w.db"]
+    ask = byheart("ask", "learnt", "Who is the harbour master of Pell Cove?", "--json", cwd=tmp_path)
+    (row,) = json.loads(ask.stdout)
+    assert row["evidence"][0]["document"] == "page-pell-cove" and row["text"]
+    doctor = json.loads(byheart("doctor", "--json", cwd=tmp_path).stdout)
+    assert doctor["base"]["parts"]["MLP output"] == "model.layers.0.mlp.down_proj"
+    models = json.loads(byheart("models", "--json", cwd=tmp_path).stdout)
+    assert all(model["there"] for model in models)
+
+
+def test_the_readme_names_the_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert "make demo" in text and "make test" in text

@@ -1,0 +1,202 @@
+import json
+import os
+
+import pytest
+
+from byheart.answer import answer_all, read_answers
+from byheart.compare import choose_questions, compare, pairs, question_metrics, summarise
+from byheart.errors import DataError, UsageError
+from byheart.methods import METHODS, Answer, LearnReport, Settings, method_class, parse_methods
+from byheart.prompt import PromptFormat, as_sentence, choose_examples
+from byheart.report import headline, write_report
+from byheart.rows import Question
+from byheart.score import contains
+from byheart.segment import Passage
+
+ASK = Question(id="q", question="who", answers=["Mara Tole", "Tole"], documents=["a", "b"])
+PAGE = Passage("a", "Ebb", "The keeper of Ebb is Mara Tole.", 0, 31)
+
+
+def test_one_answers_metrics():
+    answer = Answer("q", text="the Tole", reference=-1.0, ranked=("x", "a", "a", "b"))
+    found = question_metrics(ASK, answer)
+    assert found["em"] == 1 and found["f1"] == 1 and found["contains"] == 1 and found["abstained"] == 0
+    assert found["answer_probability"] == pytest.approx(0.36788, abs=1e-4)
+    assert found["recall@1"] == 0 and found["recall@5"] == 1 and found["mrr"] == 0.5
+    assert question_metrics(ASK, Answer("q", skipped="why")) == {}
+    none = Question(id="n", question="who", answerable=False)
+    assert question_metrics(none, Answer("n", text="Unknown"))["em"] == 1
+    assert question_metrics(none, Answer("n", text="Mara"))["em"] == 0
+    pick = Question(id="c", question="?", choices=["yes", "no"], answers=["no"])
+    found = question_metrics(pick, Answer("c", text="maybe", choice="no", choice_calibrated="yes"))
+    assert (found["accuracy"], found["accuracy_calibrated"], found["em"]) == (1, 0, 0)
+
+
+def test_a_skipped_question_is_counted_and_not_scored():
+    questions = [ASK, ASK.model_copy(update={"id": "r"})]
+    answers = [Answer("q", text="Tole", seconds=0.5), Answer("r", skipped="no document")]
+    found = summarise(questions, answers, LearnReport(seconds=2, bytes=3), seed=0)
+    assert found["metrics"]["em"] == 1 and found["asked"] == 1 and found["skipped"] == {"no document": 1}
+    assert (found["query_ms"], found["write_seconds"], found["bytes"]) == (500, 2, 3)
+    (em, *_) = pairs(questions, {"one": answers, "two": [Answer("q", text="x"), Answer("r", text="Tole")]}, 0)
+    assert (em["method"], em["against"], em["questions"], em["difference"]) == ("two", "one", 1, -1)
+
+
+def test_the_prompt_is_one_format_for_all(tokenizer):
+    form = PromptFormat(tokenizer)
+    assert form.prompt("who keeps ebb") == "Question: Who keeps ebb?\nAnswer:"
+    assert form.prompt("who keeps ebb", [PAGE]) == (
+        "Question: Who keeps ebb?\nTitle: Ebb\nText: The keeper of Ebb is Mara Tole.\nQuestion: Who keeps ebb?\nAnswer:"
+    )
+    assert form.prompt("so?", None, ["yes", "no"]) == "Question: So?\nOptions: yes; no\nAnswer:"
+    assert as_sentence(" what  is ____") == "What is ____?"
+    with pytest.raises(UsageError, match="no chat template"):
+        PromptFormat(tokenizer, chat=True)
+
+
+def test_examples_come_from_training_questions_alone(world, tokenizer):
+    chosen = choose_examples(world, 6, 0, tokenizer.backend_tokenizer, "288/64")
+    train = {q.question for q in world.questions(["train"])}
+    assert len(chosen) == 6 and all(e.question in train and contains(e.passage.text, [e.answer]) for e in chosen)
+    assert chosen == choose_examples(world, 6, 0, tokenizer.backend_tokenizer, "288/64")
+    closed = PromptFormat(tokenizer, chosen).prompt("who?")
+    assert "Text:" not in closed and closed.count("Question:") == 7
+    for question in world.questions(["train"]):
+        world.retract("question", question.id)
+    assert choose_examples(world, 6, 0, tokenizer.backend_tokenizer, "288/64") == []
+
+
+def test_questions_are_drawn_by_the_seed_and_never_from_training(world):
+    every = choose_questions(world, ["validation", "test"], None, 0)
+    assert len(every) == 226 and all(q.split != "train" for q in every)
+    some = choose_questions(world, ["test"], 30, 0)
+    assert some == choose_questions(world, ["test"], 30, 0) != choose_questions(world, ["test"], 30, 1)
+    assert len({q.kind for q in some}) == 4
+    with pytest.raises(DataError, match="no questions of split validation"):
+        choose_questions(world, ["validation"], None, 0)
+
+
+def test_method_names():
+    assert parse_methods("all") == list(METHODS) and parse_methods("gold, closed,gold") == ["gold", "closed"]
+    for bad in ("", "nothing", "closed,nope"):
+        with pytest.raises(UsageError, match="--methods"):
+            parse_methods(bad)
+    for name in METHODS:
+        assert method_class(name).name == name
+
+
+class Counting:
+    """A method that remembers what it was asked."""
+
+    name = "counting"
+
+    def __init__(self):
+        self.asked = []
+
+    def attached(self):
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+    def answer(self, questions, progress=None):
+        self.asked += [q.id for q in questions]
+        return [Answer(q.id, text=q.id, evidence=(PAGE,)) for q in questions]
+
+
+def test_answers_are_picked_up_after_a_kill(tmp_path):
+    questions = [Question(id=f"q{n}", question="?", answers=["x"]) for n in range(300)]
+    path = tmp_path / "a.jsonl"
+    whole = answer_all(Counting(), questions, path, "mark")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:150]) + lines[150][:20])  # a kill in the middle of a line
+    second = Counting()
+    assert answer_all(second, questions, path, "mark") == whole
+    assert second.asked == [f"q{n}" for n in range(149, 300)]
+    assert len(read_answers(path, "mark")) == 300
+    third = Counting()
+    answer_all(third, questions, path, "another mark")  # another model, ledger or setting: asked anew
+    assert len(third.asked) == 300
+
+
+@pytest.fixture(scope="module")
+def run(smollm, tmp_path_factory):
+    """The real main job on a few questions of the example world."""
+    from byheart.formats import import_files
+    from byheart.ledger import Ledger
+    from conftest import WORLD
+
+    folder = tmp_path_factory.mktemp("run")
+    with Ledger(folder / "world.db", create=True) as ledger:
+        import_files(ledger, [WORLD / f"{name}.jsonl" for name in ("documents", "facts", "questions")])
+        before = {k: v.clone() for k, v in smollm.model.state_dict().items()}
+        found = compare(ledger, smollm, list(METHODS), folder, Settings(shots=2), limit=16)
+        after = smollm.model.state_dict()
+        assert all(before[k].equal(after[k]) for k in before)
+    return folder, found
+
+
+@pytest.mark.real
+def test_the_main_job_writes_what_the_design_promises(run):
+    folder, found = run
+    on_disk = json.loads((folder / "run.json").read_text())
+    assert on_disk == json.loads(json.dumps(found))
+    assert set(on_disk["methods"]) == set(METHODS)
+    for method in on_disk["methods"].values():
+        assert {"metrics", "intervals", "write_seconds", "bytes", "query_ms"} <= set(method)
+        assert all(0 <= value <= 1 for value in method["metrics"].values())
+        for key, (low, high) in method["intervals"].items():
+            assert low <= method["metrics"][key] <= high
+    assert {"mrr", "recall@1", "recall@5"} <= set(on_disk["methods"]["context"]["metrics"])
+    assert "mrr" not in on_disk["methods"]["gold"]["metrics"]
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 * 4
+    for row in rows:
+        given = [p["document"] for p in row["evidence"]]
+        assert (not given) == (row["method"] == "closed")
+        assert row["method"] != "context" or (len(given) == 1 and len(row["ranked"]) == 10)
+        assert row["method"] != "shuffled" or not contains(row["evidence"][0]["text"], row["answers"])
+
+
+@pytest.mark.real
+def test_knowing_the_passage_helps_and_a_wrong_one_does_not(run):
+    metrics = {name: method["metrics"] for name, method in run[1]["methods"].items()}
+    assert metrics["gold"]["answer_probability"] > 3 * metrics["closed"]["answer_probability"]
+    assert metrics["gold"]["contains"] > metrics["shuffled"]["contains"]
+
+
+@pytest.mark.real
+def test_a_second_run_asks_nothing_again_and_learnt_methods_come_back(run, smollm, tmp_path, monkeypatch):
+    from byheart.ledger import Ledger
+    from byheart.methods import controls
+
+    folder, found = run
+    with Ledger(folder / "world.db") as ledger:
+        method = method_class("context")(smollm, Settings(shots=2), folder)
+        method.learn(ledger)
+        method.save_pretrained(tmp_path / "saved")
+        again = method_class("context").from_pretrained(tmp_path / "saved", smollm)
+        question = next(ledger.questions(["test"]))
+        assert again.answer([question])[0].text == method.answer([question])[0].text
+        with pytest.raises(DataError, match="holds context, not gold"):
+            method_class("gold").from_pretrained(tmp_path / "saved", smollm)
+        monkeypatch.setattr(controls, "read", lambda *a, **k: pytest.fail("asked again"))
+        once_more = compare(ledger, smollm, ["gold", "closed"], folder, Settings(shots=2), limit=16)
+    for name in ("gold", "closed"):
+        assert once_more["methods"][name]["metrics"] == found["methods"][name]["metrics"]
+
+
+@pytest.mark.real
+def test_the_report_is_one_file_that_needs_nothing_else(run):
+    folder, found = run
+    page = write_report(folder).read_text()
+    assert headline(found) in page
+    for outside in ('src="', '<link rel="stylesheet', "@import", "url("):
+        assert outside not in page
+    assert page.count("<svg") == 4
+    # The data island is JSON, and nothing in it can end the script element.
+    island = page.split('id="data">')[1].split("</script>")[0]
+    shown = json.loads(island)
+    assert len(shown["questions"]) == 16 and "<" not in island
+    assert os.listdir(folder).count("report.html") == 1
+    with pytest.raises(DataError, match="run.json: missing"):
+        write_report(folder / "answers")
