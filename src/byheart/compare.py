@@ -97,7 +97,6 @@ def compare(
     answers: dict[str, list[Answer]] = {}
     for name in methods:
         method = method_class(name)(base, settings, out)
-        show.say(f"{name}: learning")
         with show.bar(f"{name}: documents", ledger.count("document")) as tick:
             report = method.learn(ledger, tick)
         mark = fingerprint(

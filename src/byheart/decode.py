@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.errors import DataError
 
-MAX_ROWS = {"cpu": 32, "cuda": 256}
-MAX_BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}
-NEVER = -1
+# Two sizes, since they pull apart: reading is bound by arithmetic and is fastest while a layer's activations stay in
+# the processor's cache; writing is bound by fetching the weights, once a token for all rows, so it wants many rows.
+READ_TOKENS = {"cpu": 2_048, "cuda": 65_536}
+WRITE_ROWS = {"cpu": 64, "cuda": 256}
+CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class _Buffer(DynamicLayer):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._k, self._v = (_empty(t, t.shape[0], self._capacity) for t in (key_states, value_states))
+        self._k, self._v = (_blank(t, t.shape[0], self._capacity) for t in (key_states, value_states))
         self.keys, self.values = self._k[:, :, :0], self._v[:, :, :0]
         self.is_initialized = True
 
@@ -70,15 +73,28 @@ class _Buffer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = self._k[:, :, :new], self._v[:, :, :new]
         return self.keys, self.values
 
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of one row's keys and values at one position."""
+        return (self._k[0, :, 0].numel() + self._v[0, :, 0].numel()) * self._k.element_size()
+
     def repeated(self, rows: int, capacity: int) -> _Buffer:
         """The same columns for ``rows`` rows (from a batch of one), with room for ``capacity``."""
-        other = _Buffer(capacity)
-        other.dtype, other.device, other.is_initialized = self.dtype, self.device, True
         length = self.keys.shape[-2]
-        other._k, other._v = _empty(self._k, rows, capacity), _empty(self._v, rows, capacity)
-        other._k[:, :, :length] = self.keys
-        other._v[:, :, :length] = self.values
-        other.keys, other.values = other._k[:, :, :length], other._v[:, :, :length]
+        k, v = _blank(self._k, rows, capacity), _blank(self._v, rows, capacity)
+        k[:, :, :length] = self.keys
+        v[:, :, :length] = self.values
+        return self._over(k, v, length)
+
+    def part(self, rows: slice, length: int) -> _Buffer:
+        """Some rows of the same memory, with ``length`` columns taken."""
+        return self._over(self._k[rows], self._v[rows], length)
+
+    def _over(self, k: Tensor, v: Tensor, length: int) -> _Buffer:
+        other = _Buffer(k.shape[-2])
+        other.dtype, other.device, other.is_initialized = self.dtype, self.device, True
+        other._k, other._v = k, v
+        other.cut(length)
         return other
 
     def keep(self, rows: Tensor) -> None:
@@ -88,12 +104,13 @@ class _Buffer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = self._k[:, :, :length], self._v[:, :, :length]
 
     def cut(self, length: int) -> None:
-        """Forget the columns from ``length`` on."""
+        """Take the first ``length`` columns as written, and no more."""
         self.keys, self.values = self._k[:, :, :length], self._v[:, :, :length]
 
 
-def _empty(like: Tensor, rows: int, capacity: int) -> Tensor:
-    return torch.empty(rows, like.shape[1], capacity, like.shape[-1], dtype=like.dtype, device=like.device)
+def _blank(like: Tensor, rows: int, capacity: int) -> Tensor:
+    # Zeros, not garbage: masked columns still meet a probability of 0, and 0 times NaN is NaN.
+    return torch.zeros(rows, like.shape[1], capacity, like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def complete(
@@ -121,11 +138,10 @@ def complete(
     else:
         work = _Causal(base, jobs, prompts, max_new_tokens)
     _check_lengths(base, work)
-    kind = base.device.type if base.device.type in MAX_ROWS else "cuda"
     done: list[Completion | None] = [None] * len(jobs)
-    with torch.inference_mode():
+    with torch.inference_mode(), fast_attention(base.model):
         work.start()
-        for batch in _batches([len(ids) for ids in prompts], MAX_ROWS[kind], MAX_BATCH_TOKENS[kind]):
+        for batch in batches([len(ids) for ids in prompts], work.fits):
             began = time.perf_counter()
             results = work.batch(batch)
             seconds = (time.perf_counter() - began) / len(batch) + work.shared_seconds / len(jobs)
@@ -175,6 +191,7 @@ class _Work:
             [option_ids(base.tokenizer, job.prompt, ids, option) for option in job.options]
             for job, ids in zip(jobs, prompts, strict=True)
         ]
+        self.kind = base.device.type if base.device.type in READ_TOKENS else "cuda"
         self.ends = end_tokens(base)
         self.line_ends = base.line_ends if max_new_tokens else frozenset()
         self.blanks = base.blanks if max_new_tokens else frozenset()
@@ -252,38 +269,46 @@ class _Work:
 class _Causal(_Work):
     """Decoder-only models: [shared beginning][padding][rest of the prompt][option or answer] in one cache."""
 
-    shared = 0
-
     def start(self) -> None:
         """Read what all prompts begin with, once."""
         began = time.perf_counter()
         # A sliding window counts columns, and the padding behind a shared beginning would use it up.
         self.shared = 0 if _slides(self.base.model.config) else _common_length(self.prompts)
-        self.cache: Cache | None = None
-        if self.shared:
-            ids = torch.tensor([self.prompts[0][: self.shared]], device=self.base.device)
-            self.cache = Cache(layers=[_Buffer(self.shared) for _ in range(self._layers())])
-            self._forward(ids, torch.ones_like(ids), torch.arange(self.shared, device=ids.device)[None], self.cache)
+        # Shapes come from a real forward, never from the configuration: where nothing is shared, of one token.
+        ids = torch.tensor([self.prompts[0][: max(self.shared, 1)]], device=self.base.device)
+        layers = [_Buffer(ids.shape[1]) for _ in self.base.parts.blocks]
+        places = torch.arange(ids.shape[1], device=ids.device)[None]
+        self._forward(ids, torch.ones_like(ids), places, Cache(layers=layers))
+        for layer in layers:
+            layer.cut(self.shared)
+        self.layers = layers
+        self.column_bytes = sum(layer.column_bytes for layer in layers)
         self.shared_seconds = time.perf_counter() - began
 
-    def _layers(self) -> int:
-        return len(self.base.parts.blocks)
+    def fits(self, rows: int, longest: int) -> bool:
+        """Whether so many rows with prompts up to ``longest`` may be one batch."""
+        columns = longest + self.max_new
+        return rows <= WRITE_ROWS[self.kind] and rows * columns * self.column_bytes <= CACHE_BYTES[self.kind]
 
     def batch(self, rows: Sequence[int]) -> list[_Result]:
+        """Read, score and continue the prompts of ``rows``, longest first."""
         shared, device = self.shared, self.base.device
         rest = [self.prompts[row][shared:] for row in rows]
-        width = max(map(len, rest))
+        width = len(rest[0])
         capacity = shared + width + max(self.max_new, self.longest_option(rows))
-        if self.cache is None:
-            cache = Cache(layers=[_Buffer(capacity) for _ in range(self._layers())])
-        else:
-            cache = Cache(layers=[layer.repeated(len(rows), capacity) for layer in self.cache.layers])
-        pad = [width - len(ids) for ids in rest]
-        ids = torch.tensor([[0] * gap + one for gap, one in zip(pad, rest, strict=True)], device=device)
-        mask = torch.tensor([[1] * shared + [0] * gap + [1] * (width - gap) for gap in pad], device=device)
-        ends = torch.tensor([len(self.prompts[row]) for row in rows], device=device)
-        places = (torch.arange(width, device=device)[None] - width + ends[:, None]).clamp(min=0)
-        logits = self._forward(ids, mask, places, cache)[:, -1]
+        cache = Cache(layers=[layer.repeated(len(rows), capacity) for layer in self.layers])
+        mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rest], device=device)
+        ends = torch.tensor([shared + len(r) for r in rest], device=device)
+        read = []
+        for part in batches([len(r) for r in rest], lambda count, longest: count * longest <= READ_TOKENS[self.kind]):
+            here, wide = slice(part[0], part[-1] + 1), len(rest[part[0]])
+            ids = torch.tensor([[0] * (wide - len(rest[n])) + rest[n] for n in part], device=device)
+            places = (torch.arange(wide, device=device)[None] - wide + ends[here, None]).clamp(min=0)
+            memory = Cache(layers=[layer.part(here, shared + width - wide) for layer in cache.layers])
+            read.append(self._forward(ids, mask[here], places, memory)[:, -1])
+        for layer in cache.layers:
+            layer.cut(shared + width)
+        logits = torch.cat(read)
 
         def peek(option: Tensor, option_mask: Tensor) -> Tensor:
             after = torch.arange(option.shape[1], device=device)[None] + ends[:, None]
@@ -332,6 +357,10 @@ class _Seq2Seq(_Work):
     def start(self) -> None:
         """Nothing is shared: an encoder reads in both directions, so every prompt is read whole."""
 
+    def fits(self, rows: int, longest: int) -> bool:
+        """Whether so many rows with prompts up to ``longest`` may be one batch."""
+        return rows <= WRITE_ROWS[self.kind] and rows * longest <= 4 * READ_TOKENS[self.kind]
+
     def batch(self, rows: Sequence[int]) -> list[_Result]:
         base, device = self.base, self.base.device
         width = max(len(self.prompts[row]) for row in rows)
@@ -373,16 +402,18 @@ def end_tokens(base: Base) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _batches(lengths: Sequence[int], max_rows: int, max_tokens: int) -> list[list[int]]:
-    """Indices in batches of like length, longest first, so that memory peaks at the start and not near the end."""
-    batches: list[list[int]] = []
+def batches(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> list[list[int]]:
+    """Indices in batches of like length, longest first, so that memory peaks at the start and not near the end.
+
+    ``fits(rows, longest)`` says whether a batch may be that large; one row always may.
+    """
+    found: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        room = batches and len(batches[-1]) < max_rows
-        if room and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
-            batches[-1].append(index)
+        if found and fits(len(found[-1]) + 1, lengths[found[-1][0]]):
+            found[-1].append(index)
         else:
-            batches.append([index])
-    return batches
+            found.append([index])
+    return found
 
 
 def _common_length(prompts: Sequence[list[int]]) -> int:

@@ -21,7 +21,7 @@ from byheart.base import choose_device, choose_dtype, quiet_transformers
 from byheart.errors import DataError
 from byheart.storage import read_json, sha256
 
-BATCH_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
 Pooling = Literal["mean", "cls"]
 
 

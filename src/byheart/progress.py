@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 Tick = Callable[[int], None]
 
@@ -30,28 +30,39 @@ class Terminal(Silent):
 
     @contextmanager
     def bar(self, label: str, total: int | None) -> Iterator[Tick]:
-        """A rich bar on a terminal; elsewhere the label alone, once."""
-        if not sys.stderr.isatty():
-            self.say(f"{label} ({total})" if total is not None else label)
-            yield lambda count: None
-            return
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        """A rich bar on a terminal, elsewhere the label once; nothing where no step is ever counted."""
+        with ExitStack() as stack:
+            advance: Tick | None = None
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task(label, total=total)
-            yield lambda count: progress.advance(task, count)
+            def tick(count: int) -> None:
+                nonlocal advance
+                if advance is None and count:
+                    advance = (
+                        stack.enter_context(_bar(label, total)) if sys.stderr.isatty() else self._line(label, total)
+                    )
+                if advance is not None:
+                    advance(count)
+
+            yield tick
+
+    def _line(self, label: str, total: int | None) -> Tick:
+        self.say(f"{label} ({total})" if total is not None else label)
+        return lambda count: None
+
+
+@contextmanager
+def _bar(label: str, total: int | None) -> Iterator[Tick]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda count: progress.advance(task, count)

@@ -45,7 +45,8 @@ def summary_table(run: dict[str, Any]) -> Table:
 
     columns = [c for c in (*QUALITY, *RETRIEVAL) if c[0] != "recall@10" and _present(run, c[0])]
     questions = run["questions"]["asked"]
-    table = Table(title=f"{run['base']['name']} on {run['ledger']['name']}: {questions} questions, 95 % intervals")
+    title = f"{run['base']['name']} on {run['origin'].get('title', run['ledger']['name'])}: {questions} questions"
+    table = Table(title=f"{title}, 95 % intervals below", show_lines=True)
     table.add_column("method", style="bold")
     for _, heading, _ in columns:
         table.add_column(heading, justify="right")
@@ -129,7 +130,7 @@ def _cell(method: dict[str, Any], key: str) -> str:
     if key not in method["intervals"]:
         return share(method["metrics"][key])
     low, high = method["intervals"][key]
-    return f"{share(method['metrics'][key])} [{share(low)}, {share(high)}]"
+    return f"{share(method['metrics'][key])}\n{share(low)}-{share(high)}"
 
 
 def share(value: float) -> str:

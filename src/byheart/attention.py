@@ -1,0 +1,80 @@
+"""Attention for inference on processors: plain matrix products over tiles that stay in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+_NAME = "byheart_tiled"
+# Score entries of a product done for all rows at once; above it, a row and head at a time.
+_SMALL = 1 << 18
+
+
+def tiled_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Softmax attention with grouped key/value heads, never repeating them.
+
+    PyTorch's fused kernel takes three times as long here: it wants the keys repeated for every query head, and works
+    in small blocks that leave the processor's bf16 units idle. The query heads of a group are stacked instead, and the
+    products are as large as the cache allows.
+
+    Args:
+        module: the attention module (unused).
+        query: (batch, heads, n, head_dim).
+        key: (batch, kv_heads, m, head_dim); m >= n, the queries being its last positions.
+        value: like ``key``.
+        attention_mask: bool (batch or 1, 1, n, m), True where a query may look; None means causal.
+        scaling: of the scores; by default head_dim ** -0.5.
+        kwargs: what other attention functions take.
+
+    Returns:
+        (batch, n, heads, head_dim), and None for the attention weights.
+    """
+    batch, heads, n, dim = query.shape
+    groups, m = key.shape[1], key.shape[2]
+    stacked = query.reshape(batch, groups, heads // groups * n, dim) * (dim**-0.5 if scaling is None else scaling)
+    if attention_mask is None:
+        attention_mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)[None, None]
+    blocked = ~attention_mask[..., :m]
+    low = torch.finfo(query.dtype).min  # not -inf: a padded row that may look nowhere would become NaN and spread
+    out = torch.empty_like(stacked)
+    if stacked[0, 0, :, 0].numel() * m * batch * groups <= _SMALL or batch == 1:
+        scores = (stacked @ key.transpose(-1, -2)).view(batch, groups, -1, n, m).masked_fill_(blocked[:, :, None], low)
+        out = scores.softmax(-1).view(batch, groups, -1, m) @ value
+    else:
+        for row in range(batch):
+            hidden = blocked[row if len(blocked) > 1 else 0]
+            for group in range(groups):
+                scores = stacked[row, group] @ key[row, group].T
+                scores.view(-1, n, m).masked_fill_(hidden, low)
+                torch.mm(scores.softmax(-1), value[row, group], out=out[row, group])
+    return out.view(batch, heads, n, dim).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def fast_attention(model: Any) -> Iterator[None]:
+    """Let a model attend by :func:`tiled_attention` inside the block, where it runs on a CPU and would use sdpa."""
+    found = model.config._attn_implementation
+    if found != "sdpa" or model.device.type != "cpu" or model.config.is_encoder_decoder:
+        yield
+        return
+    AttentionInterface.register(_NAME, tiled_attention)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(found)
