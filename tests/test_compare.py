@@ -55,15 +55,15 @@ def test_the_prompt_is_one_format_for_all(tokenizer):
 
 
 def test_examples_come_from_training_questions_alone(world, tokenizer):
-    chosen = choose_examples(world, 6, 0, tokenizer.backend_tokenizer, "288/64")
+    chosen = choose_examples(world, 6, 0, tokenizer.backend_tokenizer)
     train = {q.question for q in world.questions(["train"])}
     assert len(chosen) == 6 and all(e.question in train and contains(e.passage.text, [e.answer]) for e in chosen)
-    assert chosen == choose_examples(world, 6, 0, tokenizer.backend_tokenizer, "288/64")
+    assert chosen == choose_examples(world, 6, 0, tokenizer.backend_tokenizer)
     closed = PromptFormat(tokenizer, chosen).prompt("who?")
     assert "Text:" not in closed and closed.count("Question:") == 7
     for question in world.questions(["train"]):
         world.retract("question", question.id)
-    assert choose_examples(world, 6, 0, tokenizer.backend_tokenizer, "288/64") == []
+    assert choose_examples(world, 6, 0, tokenizer.backend_tokenizer) == []
 
 
 def test_questions_are_drawn_by_the_seed_and_never_from_training(world):

@@ -18,7 +18,9 @@ from byheart.segment import Passage
 
 # An example teaches the form of an answer: short, and taken from the passage.
 _EXAMPLE_WORDS = 4
-# Every token of an example is read for every question, so of this many times as many as needed the shortest are kept.
+# Every token of an example is attended to for every question, so it shows a short window around its answer, and of
+# this many times as many examples as needed the shortest are kept.
+_EXAMPLE_SEGMENT = "64/32"
 _EXAMPLE_POOL = 8
 
 
@@ -89,7 +91,7 @@ def as_sentence(question: str) -> str:
     return text if text.endswith(("?", ".", "!", ":")) else f"{text}?"
 
 
-def choose_examples(ledger: Ledger, shots: int, seed: int, tokenizer: Tokenizer, preset: str) -> list[Example]:
+def choose_examples(ledger: Ledger, shots: int, seed: int, tokenizer: Tokenizer) -> list[Example]:
     """``shots`` examples drawn from the ledger's training questions: with a short answer that their passage holds.
 
     Only the split ``train`` is looked at. Fewer come back where it has fewer; the same seed draws the same ones. Where
@@ -101,7 +103,7 @@ def choose_examples(ledger: Ledger, shots: int, seed: int, tokenizer: Tokenizer,
     random.Random(seed).shuffle(candidates)
     found: list[tuple[int, Example]] = []
     for question in candidates if any(q.documents for q in candidates) else ():
-        passages = gold_passages(ledger, question, tokenizer, preset)
+        passages = gold_passages(ledger, question, tokenizer, _EXAMPLE_SEGMENT)
         answer = question.answers[0]
         if len(passages) == 1 and contains(passages[0].text, [answer]):
             found.append((len(passages[0].text), Example(question.question, answer, passages[0])))

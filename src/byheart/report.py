@@ -110,7 +110,7 @@ def headline(run: dict[str, Any]) -> str:
         return "No method could be scored."
     best = max(scored, key=lambda name: scored[name])
     label = next(heading for name, heading, _ in QUALITY if name == key)
-    text = f"{best} answers best: {label} {share(scored[best])}"
+    text = f"{best.capitalize()} answers best: {label} {share(scored[best])}"
     if "closed" in scored and best != "closed":
         text += f", against {share(scored['closed'])} closed book"
     return text + "."
@@ -247,15 +247,18 @@ def _dots(rows: list[dict[str, Any]], label: str, colours: dict[str, str], *, fa
     scale = alt.Scale(domain=[0, top])
     chart = alt.Chart(alt.Data(values=rows))
     colour = _colour(colours)
+    axis = alt.Axis(title=f"{label}, 95 % interval", tickCount=5)
     bars = chart.mark_rule(strokeWidth=2).encode(
-        x=alt.X("low:Q", scale=scale, title=f"{label}, 95 % interval"), x2="high:Q", y=row, color=colour
+        x=alt.X("low:Q", scale=scale, axis=axis), x2="high:Q", y=row, color=colour
     )
     points = chart.mark_point(filled=True, size=90, opacity=1).encode(
         x=alt.X("value:Q", scale=scale), y=row, color=colour
     )
-    layered = alt.layer(bars, points).properties(width=380, height=34 * len(order))
+    layered = alt.layer(bars, points).properties(width=820, height=30 * len(order))
     if facet:
-        layered = layered.properties(width=230).facet(alt.Facet("kind:N", title=None), columns=2)
+        layered = layered.properties(width=340, height=24 * len(order)).facet(
+            alt.Facet("kind:N", title=None), columns=2
+        )
     return _svg(layered)
 
 
@@ -269,17 +272,26 @@ def _scatter(
     values = [r[key] for r in rows]
     # A logarithmic axis over less than a decade has a single label, or none.
     log = log and max(values) > 10 * min(values)
-    scale = alt.Scale(type="log", nice=True) if log else alt.Scale(zero=True, nice=True)
-    x = alt.X(f"{key}:Q", title=title, scale=scale)
+    # Room on the right for the last name.
+    scale = alt.Scale(type="log", nice=True) if log else alt.Scale(domain=[0, 1.2 * max(*values, 0.1)])
+    x = alt.X(f"{key}:Q", scale=scale, axis=alt.Axis(title=title, tickCount=5))
     colour = _colour(colours)
     limits = chart.mark_rule().encode(
-        x=x, y=alt.Y("low:Q", scale=alt.Scale(domain=[0, top]), title=label), y2="high:Q", color=colour
+        x=x,
+        y=alt.Y("low:Q", scale=alt.Scale(domain=[0, top]), axis=alt.Axis(title=label, tickCount=5)),
+        y2="high:Q",
+        color=colour,
     )
     points = chart.mark_point(filled=True, size=90, opacity=1).encode(x=x, y="value:Q", color=colour)
-    names = chart.mark_text(align="left", dx=9, dy=-7, fontSize=12).encode(
-        x=x, y="value:Q", text="method:N", color=colour
-    )
-    return _svg(alt.layer(limits, points, names).properties(width=380, height=230))
+    # Names at two heights in turn: methods that cost the same stand on one another otherwise.
+    names = [
+        alt.Chart(alt.Data(values=some))
+        .mark_text(align="left", dx=9, dy=dy, fontSize=12)
+        .encode(x=x, y="value:Q", text="method:N", color=colour)
+        for some, dy in ((rows[::2], -9), (rows[1::2], -23))
+        if some
+    ]
+    return _svg(alt.layer(limits, points, *names).properties(width=360, height=230))
 
 
 def _colour(colours: dict[str, str]) -> Any:

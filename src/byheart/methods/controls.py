@@ -47,9 +47,7 @@ class _Control:
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Draw the examples; nothing is written into the model."""
-        chosen = choose_examples(
-            ledger, self.settings.shots, self.settings.seed, self.encoder.splitter, self.settings.segment
-        )
+        chosen = choose_examples(ledger, self.settings.shots, self.settings.seed, self.encoder.splitter)
         self.form = PromptFormat(self.base.tokenizer, chosen, chat=self.settings.chat)
         return LearnReport()
 
