@@ -45,6 +45,10 @@ def test_help_imports_nothing_heavy():
         (["compare", "x.db", "--out", "o", "--k", "0"], 2, "--k"),
         (["compare", "x.db", "--out", "o", "--split", "all"], 2, "--split all"),
         (["compare", "x.db", "--out", "o"], 3, "x.db: no such ledger"),
+        (["compare", "x.db", "--out", "o", "--seed", "-1"], 2, "--seed"),
+        (["learn", "context", "x.db", "--out", "."], 3, "holds other files than byheart's"),
+        (["ledger", "add", "notes.txt/x.db", "notes.txt"], 3, "notes.txt/x.db: cannot be opened"),
+        (["ledger", "show", "notes.txt"], 3, "notes.txt: cannot be opened as a byheart ledger"),
         (["ledger", "add", "x.db", "missing.jsonl"], 3, "missing.jsonl: no such file"),
         (["ledger", "show", "x.db"], 3, "x.db: no such ledger"),
         (["bench", "nq", "--data", "./nowhere"], 3, "./nowhere: no such file"),
@@ -55,6 +59,7 @@ def test_help_imports_nothing_heavy():
     ],
 )
 def test_bad_input_is_one_sentence_and_the_right_exit_code(tmp_path, arguments, code, said):
+    (tmp_path / "notes.txt").write_text("Not a ledger, and long enough that SQLite reads all of its header first. " * 2)
     done = byheart(*arguments, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert said in done.stderr

@@ -30,6 +30,12 @@ def test_one_answers_metrics():
     pick = Question(id="c", question="?", choices=["yes", "no"], answers=["no"])
     found = question_metrics(pick, Answer("c", text="maybe", choice="no", choice_calibrated="yes"))
     assert (found["accuracy"], found["accuracy_calibrated"], found["em"]) == (1, 0, 0)
+    open_end = Question(id="o", question="?", choices=["yes", "no"], answerable=False)
+    missed = Answer("o", text="", choice="no", choice_calibrated="no", ranked=())
+    assert "accuracy" not in question_metrics(open_end, missed)
+    assert "micro_f1" not in summarise([open_end], [missed], LearnReport(), 0)["metrics"]
+    # A search that found nothing is a miss, not a question that does not count.
+    assert question_metrics(ASK, Answer("q", text="x", ranked=()))["recall@5"] == 0
 
 
 def test_a_skipped_question_is_counted_and_not_scored():
@@ -52,6 +58,21 @@ def test_the_prompt_is_one_format_for_all(tokenizer):
     assert as_sentence(" what  is ____") == "What is ____?"
     with pytest.raises(UsageError, match="no chat template"):
         PromptFormat(tokenizer, chat=True)
+
+
+def test_a_chat_prompt_has_one_bos(tokenizer):
+    from copy import deepcopy
+
+    from tokenizers.processors import TemplateProcessing
+
+    chatty = deepcopy(tokenizer)
+    chatty.add_special_tokens({"bos_token": "<s>"})
+    chatty.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    assert PromptFormat(chatty, chat=True).prompt("who") == "<s>[Question: Who?\nAnswer:]"
+    bos = ("<s>", chatty.bos_token_id)
+    chatty.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    prompt = PromptFormat(chatty, chat=True).prompt("who")
+    assert chatty(prompt)["input_ids"].count(chatty.bos_token_id) == 1
 
 
 def test_examples_come_from_training_questions_alone(world, tokenizer):
@@ -177,6 +198,8 @@ def test_a_second_run_asks_nothing_again_and_learnt_methods_come_back(run, smoll
         again = method_class("context").from_pretrained(tmp_path / "saved", smollm)
         question = next(ledger.questions(["test"]))
         assert again.answer([question])[0].text == method.answer([question])[0].text
+        with pytest.raises(UsageError, match="gold: needs questions with known documents"):
+            method_class("gold")(smollm, Settings(), folder).save_pretrained(tmp_path / "gold")
         with pytest.raises(DataError, match="holds context, not gold"):
             method_class("gold").from_pretrained(tmp_path / "saved", smollm)
         monkeypatch.setattr(controls, "read", lambda *a, **k: pytest.fail("asked again"))
@@ -187,9 +210,9 @@ def test_a_second_run_asks_nothing_again_and_learnt_methods_come_back(run, smoll
 
 @pytest.mark.real
 def test_the_report_is_one_file_that_needs_nothing_else(run):
-    folder, found = run
+    folder, _ = run
     page = write_report(folder).read_text()
-    assert headline(found) in page
+    assert headline(json.loads((folder / "run.json").read_text())) in page
     for outside in ('src="', '<link rel="stylesheet', "@import", "url("):
         assert outside not in page
     assert page.count("<svg") == 4

@@ -6,7 +6,7 @@ from byheart import embedded
 from byheart.base import load_base
 from byheart.encoder import load_encoder
 from byheart.errors import ByheartError, DataError
-from byheart.storage import new_folder, sha256, write_text
+from byheart.storage import check_replaceable, new_folder, sha256, write_text
 
 pytestmark = pytest.mark.real
 
@@ -89,6 +89,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         (made / "x").write_text("half")
         raise RuntimeError
     assert not (tmp_path / "d").exists()
+
+
+def test_somebodys_folder_is_not_replaced(tmp_path, monkeypatch):
+    mine = tmp_path / "notes"
+    mine.mkdir()
+    (mine / "precious.txt").write_text("mine")
+    with pytest.raises(DataError, match="holds other files"):
+        check_replaceable(mine, "byheart.json")
+    with pytest.raises(DataError, match="is a file"):
+        check_replaceable(mine / "precious.txt", "byheart.json")
+    with new_folder(mine) as made:
+        (made / "byheart.json").write_text("{}")
+    check_replaceable(mine, "byheart.json")
+    assert [p.name for p in mine.iterdir()] == ["byheart.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["notes"]
 
 
 def test_the_language_model_is_bf16_safetensors_with_its_licence(smollm):

@@ -53,14 +53,18 @@ def test_removed_documents_are_not_found_and_replaced_ones_are_found_once(tmp_pa
     assert (again.search(a, 3)[1] == rows).all()
 
 
-def test_vectors_without_rows_are_cut_off_and_missing_ones_are_noticed(tmp_path):
+def test_vectors_without_rows_do_not_count_and_missing_ones_are_noticed(tmp_path):
     index = Index(tmp_path / "i", CARD, "288/64", create=True)
     index.change(passages=passages("a", 3), vectors=vectors(3))
     with (tmp_path / "i" / "vectors.f32").open("ab") as stream:
         stream.write(b"half a step that a kill left behind")
-    assert len(Index(tmp_path / "i", CARD, "288/64")) == 3
+    again = Index(tmp_path / "i", CARD, "288/64")
+    assert len(again) == 3
+    more = vectors(2)
+    again.change(passages=passages("b", 2), vectors=more)
+    assert again.search(more[:1], 1)[1].tolist() == [[3]]
     (tmp_path / "i" / "vectors.f32").write_bytes(b"1234")
-    with pytest.raises(DataError, match="shorter than its 3 rows need"):
+    with pytest.raises(DataError, match="shorter than its 5 rows need"):
         Index(tmp_path / "i", CARD, "288/64")
 
 
@@ -124,10 +128,21 @@ def test_questions_find_their_pages_and_the_index_follows_the_ledger(world, mini
     world.retract("document", "page-new")
     follow(index, minilm, "288/64", list(world.history())[-1])
     assert all(hit.document != "page-new" for hit in Retriever(index, minilm).retrieve([ask], 10)[0])
-    world.insert([Document(id="x", text="Another ledger's page.")])
-    with Ledger(tmp_path / "other.db", create=True) as other, pytest.raises(DataError, match="another ledger"):
+    # The same id and number of events, but another history.
+    with Ledger(tmp_path / "other.db", create=True) as other, pytest.raises(DataError, match="this ledger's history"):
         other.insert([Document(id="x", text="Another ledger's page.")])
         index_ledger(other, tmp_path / "index", minilm)
+
+
+@pytest.mark.real
+def test_a_ledger_without_words_finds_nothing_and_breaks_nothing(minilm, tmp_path):
+    with Ledger(tmp_path / "l.db", create=True) as ledger:
+        index = index_ledger(ledger, tmp_path / "i", minilm)
+        assert Retriever(index, minilm).retrieve(["Who?"], 3) == [[]]
+        ledger.insert([Document(id="x", text="!!!")])
+        index = index_ledger(ledger, tmp_path / "i", minilm)
+        assert Retriever(index, minilm, "bm25").retrieve(["Who?"], 3) == [[]]
+        assert [p.document for p in Retriever(index, minilm).retrieve(["Who?"], 3)[0]] == ["x"]
 
 
 _BUILD = """

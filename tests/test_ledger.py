@@ -160,7 +160,7 @@ def test_broken_files_are_named(ledger, tmp_path):
     with pytest.raises(DataError, match="y.jsonl.gz"):
         import_files(ledger, [tmp_path / "y.jsonl.gz"])
     (tmp_path / "z.db").write_text("hello, this is not a database file at all, really")
-    with pytest.raises(DataError, match="not a byheart ledger"):
+    with pytest.raises(DataError, match="cannot be opened as a byheart ledger"):
         Ledger(tmp_path / "z.db")
     with pytest.raises(DataError, match="no such ledger"):
         Ledger(tmp_path / "missing.db")
@@ -173,6 +173,44 @@ def test_pages_without_ids_get_the_same_id_every_time(ledger, tmp_path):
     (tmp_path / "notes.md").write_text("Some notes.")
     assert import_files(ledger, [tmp_path / "notes.md"]).outcomes == {"inserted": 1}
     assert ledger.document("notes.md").title == "notes"
+    (tmp_path / "notes.md").write_text("Other notes.")
+    assert import_files(ledger, [tmp_path / "notes.md"], action="revise").outcomes == {"revised": 1}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"type": ["document"], "text": "x"}',
+        '{"text": "x", "source": ["a"]}',
+        '{"text": "half a pair: \\ud800"}',
+        '{"action": "retract", "type": "document", "id": "\\ud800"}',
+        '{"text": "x", "metadata": {"n": ' + "9" * 5000 + "}}",
+        '{"text": "x", "metadata": ' + '{"a":' * 2000 + "1" + "}" * 2001,
+        '{"text": 5}',
+        '{"id": null, "text": "x"}',
+        '{"question": "q", "answers": ["  "]}',
+    ],
+)
+def test_whatever_a_line_holds_it_is_a_bad_line_and_can_be_skipped(ledger, tmp_path, line):
+    path = write(tmp_path / "odd.jsonl", line, {"id": "ok", "text": "Fine."})
+    with pytest.raises(DataError, match="odd.jsonl:1: "):
+        import_files(ledger, [path])
+    report = import_files(ledger, [path], skip_bad=True)
+    assert report.bad == 1 and [d.id for d in ledger.documents()] == ["ok"]
+    assert ledger.revision == 1
+
+
+def test_deep_metadata_comes_back(ledger, tmp_path):
+    deep = '{"a":' * 150 + "1" + "}" * 150
+    import_files(ledger, [write(tmp_path / "deep.jsonl", f'{{"id": "d", "text": "x", "metadata": {deep}}}')])
+    assert ledger.document("d").metadata["a"]
+
+
+def test_a_copy_that_went_its_own_way_has_another_mark(ledger, tmp_path):
+    ledger.insert([DOC])
+    mark = ledger.mark()
+    ledger.revise(DOC.model_copy(update={"text": "Changed."}))
+    assert ledger.mark(1) == mark != ledger.mark() and ledger.mark(99) == ledger.mark(0) == ""
 
 
 _WRITER = """

@@ -37,6 +37,14 @@ def test_a_training_question_that_is_also_asked_is_dropped(tmp_path):
     assert benchmark.origin["questions_dropped_as_repeats_or_leaks"] == 1
 
 
+def test_two_data_sets_are_not_mixed_in_one_ledger(tmp_path):
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", [{"question": f"asked in {name}", "answer": ["x"]}])
+    load_benchmark(nq(str(tmp_path / "a.jsonl")), tmp_path / "l.db")[0].close()
+    with pytest.raises(DataError, match="rows of other data too; name another --out"):
+        load_benchmark(nq(str(tmp_path / "b.jsonl")), tmp_path / "l.db")
+
+
 def test_a_corpus_in_dprs_form(tmp_path):
     (tmp_path / "psgs_w100.tsv").write_text('id\ttext\ttitle\n1\t"A ""quoted"" text."\tTitle\n2\tMore.\tOther\n')
     data = write(tmp_path / "q" / "dev.jsonl", [{"question": "q", "answer": ["a"]}])

@@ -72,4 +72,4 @@ def read_answers(path: Path, mark: str) -> dict[str, Answer]:
 
 def _answer(row: dict[str, Any]) -> Answer:
     evidence = tuple(Passage(**passage) for passage in row.pop("evidence"))
-    return Answer(**row | {"evidence": evidence, "ranked": tuple(row["ranked"])})
+    return Answer(**row | {"evidence": evidence, "ranked": None if row["ranked"] is None else tuple(row["ranked"])})

@@ -72,15 +72,14 @@ class Base:
 
     @cached_property
     def hash(self) -> str:
-        """A hash of the weights and the configuration, for manifests: the same files give the same hash."""
+        """A hash of weights, tokeniser and configuration, for manifests: the same files give the same hash."""
         digest = hashlib.sha256()
         if self.folder is None:
             for name, tensor in sorted(self.model.state_dict().items()):
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
-            files = [self.folder] if self.folder.is_file() else sorted(self.folder.glob("*.safetensors"))
-            for file in files:
+            for file in [self.folder] if self.folder.is_file() else model_files(self.folder):
                 digest.update(sha256(file).encode())
         config = {k: v for k, v in self.model.config.to_dict().items() if k not in _PLACE_AND_VERSION}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
@@ -138,22 +137,48 @@ def load_base(
     """
     target = choose_device(device)
     wanted = choose_dtype(dtype, target)
-    path = embedded.ensure(name, say) if name in embedded.EMBEDDED else Path(name)
     if name in embedded.EMBEDDED and embedded.EMBEDDED[name].role != "language model":
         raise DataError(f"{name}: an {embedded.EMBEDDED[name].role}, not a language model")
+    path = Path(name) if name.endswith(".gguf") else model_folder(name, say)
     try:
         if path.suffix == ".gguf":
             if not path.is_file():
                 raise DataError(f"{path}: no such file")
             model, tokenizer = load_gguf(path, wanted)
         else:
-            model, tokenizer = _load_folder_or_hub(path if path.is_dir() else Path(name), wanted)
+            model, tokenizer = _load_folder(path, wanted)
     except DataError:
         raise
     # transformers raises many types for files that are wrong in many ways; each ends in the same one sentence.
     except Exception as error:
         raise DataError(f"{name}: cannot be loaded as a model ({_first_line(error)})") from error
-    return make_base(name, model.to(target), tokenizer, folder=path if path.exists() else None)
+    return make_base(name, model.to(target), tokenizer, folder=path)
+
+
+def model_folder(name: str, say: Callable[[str], None] = lambda line: None) -> Path:
+    """The folder of a model by embedded alias, folder or Hub id; fetches what is not here yet.
+
+    Raises:
+        DataError: where there is no such model, or it cannot be fetched.
+    """
+    if name in embedded.EMBEDDED:
+        return embedded.ensure(name, say)
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors", "*.model"]))
+    except Exception as error:  # a name that is no id, no network, no such model: each has types of its own
+        raise DataError(
+            f"{name}: no such file or folder, and the Hub does not give it ({_first_line(error)})"
+        ) from error
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that decide what a model computes: weights, tokeniser and chat template."""
+    patterns = ("*.safetensors", "tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.jinja")
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
 def make_base(name: str, model: Any, tokenizer: Any, *, folder: Path | None = None) -> Base:
@@ -186,7 +211,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model.to(dtype), tokenizer
 
 
-def _load_folder_or_hub(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_folder(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     name = str(path)

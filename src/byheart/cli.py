@@ -42,7 +42,7 @@ Passages = Annotated[int, typer.Option("--k", min=1, help="Retrieved passages a 
 Shots = Annotated[int, typer.Option("--shots", min=0, help="Examples in the prompt, from the training questions.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
-Seed = Annotated[int, typer.Option("--seed", help="What everything random is drawn from.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="What everything random is drawn from.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Ask only so many questions, drawn by the seed.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; by default CUDA where it is.")]
 DtypeName = Annotated[
@@ -63,13 +63,16 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of stdout has gone (`byheart ... | head`): nobody is left to tell.
-        sys.stderr.close()
-        sys.exit(1)
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of Ctrl-C
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise
+    except OSError as error:
+        if debug:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        sys.exit(3)
     except Exception as error:
         if debug:
             raise
@@ -207,9 +210,11 @@ def _learn(
     from byheart.ledger import Ledger
     from byheart.methods import method_class
     from byheart.progress import Terminal
+    from byheart.storage import check_replaceable
 
     cls = method_class(method)
     settings = _settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed)
+    check_replaceable(out, "byheart.json")
     show = Terminal()
     with Ledger(ledger) as opened:
         learner = cls(
@@ -240,11 +245,11 @@ def _ask(
     from byheart.methods import method_class
     from byheart.progress import Terminal
     from byheart.rows import Question
-    from byheart.storage import read_json
+    from byheart.storage import read_card
 
     if not question.strip():
         raise UsageError("QUESTION: is empty")
-    cards = [(folder, read_json(folder / "byheart.json")) for folder in folders]
+    cards = [(folder, read_card(folder / "byheart.json", "method")) for folder in folders]
     model = load_base(base, device=device, dtype=dtype, say=Terminal().say)
     rows = []
     for folder, card in cards:
@@ -366,13 +371,15 @@ def _ledger_retract(
     from byheart.ledger import Ledger
     from byheart.rows import Entry
 
+    done = []
     with Ledger(ledger) as opened, opened.transaction():
         for id in ids:
             kinds = opened.kinds_of(id)
             if not kinds:
-                raise DataError(f'{ledger}: no row "{id}"')
+                raise DataError(f'{ledger}: no row "{id}"; nothing was retracted')
             for kind in kinds:
-                print(f"{kind} {id}: {opened.apply(Entry('retract', kind, id, None), source=source)}")
+                done.append(f"{kind} {id}: {opened.apply(Entry('retract', kind, id, None), source=source)}")
+    print("\n".join(done))
 
 
 @ledger_app.command("show")
@@ -489,10 +496,10 @@ def _index_add(
     ledger: LedgerFile, out: Out, device: Device = None, dtype: DtypeName = None, as_json: AsJson = False
 ) -> None:
     """Bring an index up to date with its ledger: what was inserted, revised or retracted since."""
-    from byheart.storage import read_json
+    from byheart.index import Index
 
-    manifest = read_json(out / "manifest.json")
-    _index_build(ledger, out, manifest["encoder"]["name"], manifest["segment"], device, dtype, as_json)
+    index = Index.open(out)
+    _index_build(ledger, out, index.card.name, index.segment, device, dtype, as_json)
 
 
 @index_app.command("remove")
@@ -500,13 +507,10 @@ def _index_remove(
     index: IndexFolder, ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Documents.")]
 ) -> None:
     """Take documents out of an index."""
-    from byheart.encoder import EncoderCard
     from byheart.errors import DataError
     from byheart.index import Index
-    from byheart.storage import read_json
 
-    manifest = read_json(index / "manifest.json")
-    opened = Index(index, EncoderCard(**manifest["encoder"]), manifest["segment"])
+    opened = Index.open(index)
     there = {passage.document for _, passage in opened.all_passages()}
     for id in ids:
         if id not in there:
@@ -531,12 +535,11 @@ def _index_search(
     from byheart.encoder import load_encoder
     from byheart.index import Index
     from byheart.retrieve import Retriever
-    from byheart.storage import read_json
 
     mode = _mode(retriever)
-    manifest = read_json(index / "manifest.json")
-    loaded = load_encoder(manifest["encoder"]["name"], device=device, dtype=dtype)
-    (hits,) = Retriever(Index(index, loaded.card, manifest["segment"]), loaded, mode).retrieve([question], k)
+    found = Index.open(index)
+    loaded = load_encoder(found.card.name, device=device, dtype=dtype)
+    (hits,) = Retriever(Index(index, loaded.card, found.segment), loaded, mode).retrieve([question], k)
     if as_json:
         print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False, indent=2))
         return
@@ -548,13 +551,11 @@ def _index_search(
 @index_app.command("stats")
 def _index_stats(index: IndexFolder) -> None:
     """Show what an index holds and what it was made with, as JSON."""
-    from byheart.encoder import EncoderCard
     from byheart.index import Index
-    from byheart.storage import read_json
 
-    manifest = read_json(index / "manifest.json")
-    opened = Index(index, EncoderCard(**manifest["encoder"]), manifest["segment"])
-    print(json.dumps(_index_record(opened) | manifest, indent=2))
+    opened = Index.open(index)
+    record = _index_record(opened) | {"encoder": opened.card.to_dict(), "segment": opened.segment}
+    print(json.dumps(record, indent=2))
 
 
 def _index_record(index: Any) -> dict[str, Any]:
@@ -563,7 +564,7 @@ def _index_record(index: Any) -> dict[str, Any]:
         "passages": len(index),
         "bytes": index.bytes,
         "seconds": index.state("seconds", 0.0),
-        "ledger_revision": index.state("revision"),
+        "ledger_revision": index.state("stand", [None])[0],
     }
 
 

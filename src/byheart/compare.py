@@ -27,7 +27,6 @@ from byheart.errors import DataError
 from byheart.ledger import Ledger
 from byheart.methods import Answer, LearnReport, Settings, method_class
 from byheart.progress import Silent
-from byheart.retrieve import ledger_identity
 from byheart.rows import Question, Split
 from byheart.score import (
     abstained,
@@ -85,12 +84,12 @@ def compare(
     run: dict[str, Any] = {
         "byheart": __version__,
         "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": ["byheart", *sys.argv[1:]],
+        "command": ["byheart", *(a.encode("utf-8", "replace").decode() for a in sys.argv[1:])],
         "origin": origin or {},
         "ledger": _ledger_record(ledger),
         "base": _base_record(base),
         "settings": settings.to_dict(),
-        "questions": _question_record(questions, splits),
+        "questions": _question_record(ledger, questions, splits),
         "machine": machine(),
         "methods": {},
     }
@@ -101,7 +100,7 @@ def compare(
             report = method.learn(ledger, tick)
         mark = fingerprint(
             name, base.hash, str(base.dtype), base.device.type, settings.to_dict(), encoder_record(method),
-            ledger_identity(ledger), ledger.revision, __version__,
+            ledger.mark(), ledger.revision, __version__,
         )  # fmt: skip
         with show.bar(f"{name}: questions", len(questions)) as tick:
             answers[name] = answer_all(method, questions, out / "answers" / f"{name}.jsonl", mark, on_done=tick)
@@ -152,10 +151,10 @@ def question_metrics(question: Question, answer: Answer) -> dict[str, float]:
     values["abstained"] = abstained(answer.text)
     if answer.reference is not None:
         values["answer_probability"] = math.exp(answer.reference)
-    if question.choices and answer.choice is not None and answer.choice_calibrated is not None:
+    if question.answers and answer.choice is not None and answer.choice_calibrated is not None:
         values["accuracy"] = float(answer.choice in question.answers)
         values["accuracy_calibrated"] = float(answer.choice_calibrated in question.answers)
-    if answer.ranked and question.documents:
+    if answer.ranked is not None and question.documents:
         ranked = list(dict.fromkeys(answer.ranked))
         for k in RECALL_AT:
             values[f"recall@{k}"] = recall_share(ranked[:k], question.documents)
@@ -170,10 +169,11 @@ def summarise(
     rows = [question_metrics(q, a) for q, a in zip(questions, answers, strict=True)]
     asked = [a for a in answers if a.skipped is None]
     metrics, intervals = _means(rows, seed)
-    labelled = [(q, a) for q, a in zip(questions, answers, strict=True) if q.choices and a.choice is not None]
+    labelled = [(q.answers, a.choice) for q, a in zip(questions, answers, strict=True) if q.answers and a.choice]
     if labelled:
-        truth = [q.answers[0] for q, _ in labelled]
-        given = [a.choice or "" for _, a in labelled]
+        given = [choice for _, choice in labelled]
+        # Of several right choices, the one that was chosen.
+        truth = [choice if choice in right else right[0] for right, choice in labelled]
         metrics |= f1_by_label(truth, given)
         intervals |= _label_intervals(truth, given, seed)
     kinds = sorted({q.kind for q in questions})
@@ -287,8 +287,13 @@ def _ledger_record(ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _question_record(questions: Sequence[Question], splits: Sequence[Split]) -> dict[str, Any]:
-    return {"asked": len(questions), "splits": list(splits), "kinds": dict(Counter(q.kind for q in questions))}
+def _question_record(ledger: Ledger, questions: Sequence[Question], splits: Sequence[Split]) -> dict[str, Any]:
+    return {
+        "asked": len(questions),
+        "of": sum(1 for _ in ledger.questions(splits)),
+        "splits": list(splits),
+        "kinds": dict(Counter(q.kind for q in questions)),
+    }
 
 
 def machine() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from byheart import embedded
-from byheart.base import choose_device, choose_dtype, quiet_transformers
+from byheart.base import choose_device, choose_dtype, model_files, model_folder, quiet_transformers
 from byheart.errors import DataError
 from byheart.storage import read_json, sha256
 
@@ -126,7 +126,7 @@ def load_encoder(
     wanted = choose_dtype(dtype, target)
     if name in embedded.EMBEDDED and embedded.EMBEDDED[name].role != "encoder":
         raise DataError(f"{name}: a {embedded.EMBEDDED[name].role}, not an encoder")
-    folder = embedded.ensure(name, say) if name in embedded.EMBEDDED else _local(name)
+    folder = model_folder(name, say)
     try:
         with quiet_transformers():
             model = AutoModel.from_pretrained(folder, dtype=wanted, use_safetensors=True)
@@ -139,22 +139,10 @@ def load_encoder(
     limit = getattr(model.config, "max_position_embeddings", 512)
     settings = _settings(folder, limit)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in model_files(folder):
         digest.update(sha256(file).encode())
     card = EncoderCard(name=name, hash=digest.hexdigest()[:32], dim=model.config.hidden_size, limit=limit, **settings)
     return Encoder(card, model, tokenizer)
-
-
-def _local(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"]))
-    except (OSError, HFValidationError, ValueError) as error:
-        raise DataError(f"{name}: no such folder, and the Hub does not have it or cannot be reached") from error
 
 
 def _settings(folder: Path, limit: int) -> dict[str, Any]:

@@ -55,14 +55,15 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any | BadLine]]:
                     yield number, BadLine(path, number, "not UTF-8")
                 except json.JSONDecodeError as error:
                     yield number, BadLine(path, number, f"not JSON ({error.msg} at column {error.colno})")
-                except RecursionError:
-                    yield number, BadLine(path, number, "not JSON that can be read (nested too deeply)")
+                except (RecursionError, ValueError) as error:
+                    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+                    yield number, BadLine(path, number, f"not JSON that can be read ({reason})")
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def read_objects(path: Path, needed: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a benchmark file, each with the keys ``needed``.
+def read_objects(path: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a benchmark file with their line numbers, each with the keys ``needed``.
 
     Raises:
         DataError: at the first line that is no object or lacks a key; names file, line and key.
@@ -75,13 +76,13 @@ def read_objects(path: Path, needed: Iterable[str] = ()) -> Iterator[dict[str, A
         for key in needed:
             if key not in value:
                 raise DataError(f'{path}:{number}: "{key}" is missing')
-        yield value
+        yield number, value
 
 
 def read_entries(path: Path, action: Action = "insert") -> Iterator[tuple[int, Entry | BadLine]]:
     """The ledger entries of a file with their line numbers: JSON Lines, or a ``.txt`` or ``.md`` page as a document."""
     if path.suffix in (".txt", ".md"):
-        yield 1, _page(path)
+        yield 1, _page(path, action)
         return
     for number, value in read_json_lines(path):
         if isinstance(value, BadLine):
@@ -117,7 +118,8 @@ def import_files(
                     try:
                         report.outcomes[ledger.apply(entry, source=source or path.name)] += 1
                         continue
-                    except DataError as error:
+                    # Content that JSON can write but a ledger cannot hold (half a character, say) is a ValueError.
+                    except (DataError, ValueError, RecursionError) as error:
                         entry = BadLine(path, number, str(error))
                 report.bad += 1
                 if len(report.bad_lines) < MAX_LISTED:
@@ -142,7 +144,7 @@ def _opened(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb"))
 
 
-def _page(path: Path) -> Entry | BadLine:
+def _page(path: Path, action: Action) -> Entry | BadLine:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -151,4 +153,4 @@ def _page(path: Path) -> Entry | BadLine:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not text.strip():
         return BadLine(path, 1, "the page is empty")
-    return Entry("insert", "document", path.name, Document(id=path.name, title=path.stem, text=text))
+    return Entry(action, "document", path.name, Document(id=path.name, title=path.stem, text=text))

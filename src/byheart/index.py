@@ -7,7 +7,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from byheart.encoder import EncoderCard
 from byheart.errors import DataError
 from byheart.segment import Passage
-from byheart.storage import bytes_under, read_json, write_json
+from byheart.storage import bytes_under, read_card, write_json
 
 FORMAT = 1
 _BLOCK_ROWS = 65_536
@@ -25,6 +25,7 @@ CREATE TABLE passages (
     title TEXT NOT NULL, text TEXT NOT NULL, live INTEGER NOT NULL DEFAULT 1
 );
 CREATE INDEX passages_by_document ON passages (document);
+CREATE INDEX passages_not_live ON passages (row) WHERE NOT live;
 CREATE TABLE state (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
@@ -34,7 +35,7 @@ class Index:
 
     A folder with ``manifest.json`` (what the vectors depend on), ``vectors.f32`` and ``passages.sqlite``. Vectors are
     written and synced before the rows that name them are committed, so after a kill the rows tell how many vectors
-    count, and whatever lies behind them is cut off.
+    count; what lies behind them is overwritten by the next change.
     """
 
     def __init__(self, path: Path, card: EncoderCard, segment: str, *, create: bool = False) -> None:
@@ -48,16 +49,32 @@ class Index:
         if create and not (path / "manifest.json").exists():
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / "manifest.json", stamp)
-        found = read_json(path / "manifest.json")
+        found = read_card(path / "manifest.json", "format", "encoder", "segment")
         _same_stamp(path, found, stamp)
-        self.dim = card.dim
-        self._db = sqlite3.connect(path / "passages.sqlite", isolation_level=None, timeout=30)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'passages'").fetchone():
-            self._db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        self.card, self.segment, self.dim = card, segment, card.dim
         self._vectors_path = path / "vectors.f32"
-        self._vectors_path.touch()
-        self._load()
+        try:
+            self._db = sqlite3.connect(path / "passages.sqlite", isolation_level=None, timeout=30)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'passages'").fetchone():
+                self._db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            self._vectors_path.touch()
+            self._load()
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise DataError(f"{path}: cannot be opened as an index ({error})") from None
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open an index as it is, whatever encoder it was made with; to look into it, not to search it.
+
+        Raises:
+            DataError: where there is none.
+        """
+        manifest = read_card(path / "manifest.json", "format", "encoder", "segment")
+        try:
+            return cls(path, EncoderCard(**manifest["encoder"]), manifest["segment"])
+        except TypeError:
+            raise DataError(f"{path / 'manifest.json'}: not what byheart writes there") from None
 
     def _load(self) -> None:
         self.rows = cast(int, self._db.execute("SELECT coalesce(max(row), -1) + 1 FROM passages").fetchone()[0])
@@ -66,8 +83,6 @@ class Index:
             raise DataError(
                 f"{self._vectors_path}: shorter than its {self.rows} rows need; delete {self.path} and index again"
             )
-        if self._vectors_path.stat().st_size > needed:
-            os.truncate(self._vectors_path, needed)
         self.live = np.ones(self.rows, dtype=bool)
         for (row,) in self._db.execute("SELECT row FROM passages WHERE NOT live"):
             self.live[row] = False

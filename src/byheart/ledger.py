@@ -56,6 +56,11 @@ class Change:
     before: Row | None
     after: Row | None
 
+    @property
+    def mark(self) -> str:
+        """What :meth:`Ledger.mark` says of this event."""
+        return f"{self.time} {self.kind} {self.id}"
+
 
 class Ledger:
     """Documents, facts and questions in one SQLite file.
@@ -76,8 +81,8 @@ class Ledger:
             raise DataError(f"{self.path}: no such ledger; make one with `byheart ledger add {self.path} FILE...`")
         if self.path.is_dir():
             raise DataError(f"{self.path}: a folder, not a ledger file")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
             if exists:
                 self._check_version()
@@ -86,8 +91,8 @@ class Ledger:
             if not exists:
                 with self.transaction():
                     self._create()
-        except sqlite3.DatabaseError as error:
-            raise DataError(f"{self.path}: not a byheart ledger ({error})") from None
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise DataError(f"{self.path}: cannot be opened as a byheart ledger ({error})") from None
 
     def _create(self) -> None:
         for statement in _SCHEMA.split(";\n"):
@@ -199,6 +204,15 @@ class Ledger:
         """The number of the last event; 0 for an empty ledger."""
         return cast(int, self._db.execute("SELECT coalesce(max(revision), 0) FROM events").fetchone()[0])
 
+    def mark(self, revision: int | None = None) -> str:
+        """What tells this ledger's history up to ``revision`` (now by default) from another: the event there.
+
+        Empty for revision 0, and for a revision that this ledger never had.
+        """
+        number = self.revision if revision is None else revision
+        found = self._db.execute("SELECT time, kind, id FROM events WHERE revision = ?", (number,)).fetchone()
+        return "" if found is None else " ".join(found)
+
     def count(self, kind: Kind) -> int:
         """How many rows of ``kind`` hold now."""
         return cast(int, self._db.execute(f"SELECT count(*) FROM {_TABLES[kind]} WHERE NOT retracted").fetchone()[0])
@@ -290,8 +304,10 @@ def _kind(row: Row) -> Kind:
 
 
 def _dump(row: Row) -> str:
-    return json.dumps(row.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False, separators=(",", ":"))
+    body = json.dumps(row.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False, separators=(",", ":"))
+    body.encode()  # half a surrogate pair is no text; better known here than in the middle of a change
+    return body
 
 
 def _load(kind: Kind, body: str) -> Row:
-    return MODELS[kind].model_validate_json(body)
+    return MODELS[kind].model_validate(json.loads(body))

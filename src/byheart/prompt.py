@@ -61,13 +61,17 @@ class PromptFormat:
             f"{_turn(e.question, None if passages is None or e.passage is None else [e.passage])} {e.answer}"
             for e in self.examples
             # Where training questions are asked, to choose settings, none may be shown with its answer.
-            if e.question != question
+            if normalize(e.question) != normalize(question)
         ]
         text = "\n\n".join([*shown, _turn(question, passages, choices)])
         if not self._chat:
             return text
         turn = [{"role": "user", "content": text}]
-        return str(self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        prompt = str(self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        # Many templates write the BOS that the tokeniser adds again.
+        bos = self._tokenizer.bos_token
+        adds_bos = bos and self._tokenizer("a")["input_ids"][0] == self._tokenizer.bos_token_id
+        return prompt.removeprefix(bos) if adds_bos else prompt
 
     def continuation(self, answer: str) -> str:
         """An answer as it would follow the prompt."""

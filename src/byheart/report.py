@@ -7,7 +7,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from byheart.storage import read_json, write_text
+from byheart.errors import DataError
+from byheart.storage import read_card, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,9 +33,9 @@ QUALITY = (
     ("abstained", "abstains", "share of answers that decline"),
 )
 RETRIEVAL = (
-    ("recall@1", "recall@1", "share of right documents that stand first"),
-    ("recall@5", "recall@5", "share of right documents among the first five"),
-    ("recall@10", "recall@10", "share of right documents among the first ten"),
+    ("recall@1", "recall@1", "share of right documents behind the first passage"),
+    ("recall@5", "recall@5", "share of right documents behind the first five passages"),
+    ("recall@10", "recall@10", "share of right documents behind the first ten passages"),
     ("mrr", "MRR", "mean of one over the rank of the first right document"),
 )
 
@@ -76,10 +77,13 @@ def write_report(folder: Path) -> Path:
     """
     from jinja2 import Environment, PackageLoader, select_autoescape
 
-    run = read_json(folder / "run.json")
+    run = read_card(folder / "run.json", "methods", "pairs", "questions", "base", "ledger")
     environment = Environment(loader=PackageLoader("byheart", "web"), autoescape=select_autoescape())
     environment.filters |= {"share": share, "seconds": seconds, "size": size, "p": p_value}
-    shown = _side_by_side(folder / "answers.jsonl")
+    try:
+        shown = _side_by_side(folder / "answers.jsonl")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / 'answers.jsonl'}: not the answers of a run ({error!r})") from None
     colours = {name: _COLOURS[n % len(_COLOURS)] for n, name in enumerate(run["methods"])}
     page = environment.get_template("report.html").render(
         run=run,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -42,17 +41,19 @@ class Retriever:
 
         Of hits that cover the same stretch of a document by half or more only the best stays; the next ones move up.
         """
-        if not len(self.index):
-            return [[] for _ in questions]
-        pool = max(_POOL, 4 * k)
-        while True:
-            ranked = self._ranked(questions, pool)
+        found: list[list[Passage]] = [[] for _ in questions]
+        pending, pool = list(range(len(questions))), max(_POOL, 4 * k)
+        while pending and len(self.index):
+            ranked = self._ranked([questions[n] for n in pending], pool)
             passages = self.index.passages(row for hits in ranked for row, _ in hits)
-            found = [distinct((replace(passages[row], score=score) for row, score in hits), k) for hits in ranked]
-            # Overlapping windows of one long page can fill the pool; look further down then.
-            if all(len(hits) == k for hits in found) or pool >= len(self.index):
-                return found
-            pool *= 4
+            short = []
+            for n, hits in zip(pending, ranked, strict=True):
+                found[n] = distinct((replace(passages[row], score=score) for row, score in hits), k)
+                # Overlapping windows of one long page can fill the pool; look further down for these questions.
+                if len(found[n]) < k and pool <= len(hits) and pool < len(self.index):
+                    short.append(n)
+            pending, pool = short, 4 * pool
+        return found
 
     def _ranked(self, questions: Sequence[str], pool: int) -> list[list[tuple[int, float]]]:
         dense: list[dict[int, float]] = [{} for _ in questions]
@@ -107,12 +108,15 @@ class Lexical:
                 for row, passage in index.all_passages():
                     numbers.append(row)
                     texts.append(searchable(passage))
-                engine = bm25s.BM25()
-                engine.index(self._tokens(texts), show_progress=False)
-                engine.save(made)
+                tokens = self._tokens(texts)
+                if tokens.vocab:
+                    engine = bm25s.BM25()
+                    engine.index(tokens, show_progress=False)
+                    engine.save(made / "engine")
                 np.save(made / "rows.npy", np.asarray(numbers, dtype=np.int64))
                 write_json(made / "stamp.json", stamp)
-        self._engine: Any = bm25s.BM25.load(folder, mmap=True)
+        # No engine where no passage holds a word that counts.
+        self._engine: Any = bm25s.BM25.load(folder / "engine", mmap=True) if (folder / "engine").exists() else None
         self._rows = np.load(folder / "rows.npy")
 
     @staticmethod
@@ -123,6 +127,8 @@ class Lexical:
 
     def search(self, questions: Sequence[str], k: int) -> list[dict[int, float]]:
         """Row numbers with their BM25 scores, best first; rows that share no word with the question are left out."""
+        if self._engine is None:
+            return [{} for _ in questions]
         places, scores = self._engine.retrieve(self._tokens(questions), k=min(k, len(self._rows)), show_progress=False)
         return [
             {int(self._rows[p]): float(s) for p, s in zip(ps, ss, strict=True) if s > 0}
@@ -152,13 +158,15 @@ def index_ledger(
         DataError: where the folder holds the index of another ledger, encoder or segmentation.
     """
     index = Index(path, encoder.card, preset, create=True)
-    identity = ledger_identity(ledger)
-    if index.state("ledger", identity) != identity:
-        raise DataError(f"{path}: is the index of another ledger; delete the folder or name another")
+    # Where the index, or its unfinished build, stands in the ledger's history; another history has another event there.
+    stand = index.state("stand")
+    if stand is not None and ledger.mark(stand[0]) != stand[1]:
+        raise DataError(f"{path}: was not made from this ledger's history; delete the folder or name another")
     if not index.state("complete", False):
         # What changes in the ledger during the build is caught up with below, from the revision it began at.
-        start = index.state("building_from", ledger.revision)
-        index.change(state={"building_from": start, "ledger": identity})
+        if stand is None:
+            stand = [ledger.revision, ledger.mark()]
+            index.change(state={"stand": stand})
         done = index.state("documents_done", 0)
         on_done(done)
         stream = ledger.documents(after=index.state("last_document"))
@@ -166,14 +174,14 @@ def index_ledger(
             done += len(step)
             _put(index, encoder, preset, step, [], {"last_document": step[-1].id, "documents_done": done})
             on_done(len(step))
-        index.change(state={"complete": True, "revision": start})
-    now = ledger.revision
-    changed = {c.id for c in ledger.history(since=index.state("revision")) if c.kind == "document"}
-    if changed:
-        documents = [d for d in map(ledger.document, sorted(changed)) if d is not None]
-        _put(index, encoder, preset, documents, changed, {"revision": now})
-    elif index.state("revision") != now:
-        index.change(state={"revision": now})
+        index.change(state={"complete": True})
+    now = [ledger.revision, ledger.mark()]
+    changed = sorted({c.id for c in ledger.history(since=index.state("stand")[0]) if c.kind == "document"})
+    for start in range(0, len(changed), _DOCUMENTS_A_STEP):
+        ids = changed[start : start + _DOCUMENTS_A_STEP]
+        # Replacing a document twice does no harm, so the stand moves on only when all are done.
+        _put(index, encoder, preset, [d for d in map(ledger.document, ids) if d is not None], ids, {})
+    index.change(state={"stand": now})
     return index
 
 
@@ -182,7 +190,7 @@ def follow(index: Index, encoder: Encoder, preset: str, change: Change) -> float
     began = time.perf_counter()
     if change.kind == "document":
         documents = [change.after] if isinstance(change.after, Document) else []
-        _put(index, encoder, preset, documents, [change.id], {"revision": change.revision})
+        _put(index, encoder, preset, documents, [change.id], {"stand": [change.revision, change.mark]})
     return time.perf_counter() - began
 
 
@@ -202,9 +210,3 @@ def _put(
     vectors = encoder.encode([searchable(p) for p in passages], max_tokens=size + _TITLE_ROOM)
     seconds = index.state("seconds", 0.0) + time.perf_counter() - began
     index.change(remove=remove, passages=passages, vectors=vectors, state=state | {"seconds": seconds})
-
-
-def ledger_identity(ledger: Ledger) -> str:
-    """What tells one ledger from another: its first event."""
-    first = next(ledger.sql("SELECT time, kind, id FROM events ORDER BY revision LIMIT 1"), None)
-    return json.dumps(first)

@@ -117,6 +117,8 @@ class Question(_Row):
     def _coherent(self) -> Question:
         if not self.answerable and self.answers:
             raise ValueError("a question that is not answerable must have no answers")
+        if not all(text.strip() for text in [*self.answers, *(self.choices or [])]):
+            raise ValueError("an answer or choice is blank")
         if self.choices is not None and not set(self.answers) <= set(self.choices):
             raise ValueError("every answer must be one of the choices")
         return self
@@ -151,16 +153,23 @@ def parse_entry(obj: Any, action: Action = "insert") -> Entry:
         raise ValueError("not a JSON object")
     fields = dict(obj)
     kind = fields.pop("type", None) or _guess_kind(fields)
-    if kind not in MODELS:
+    if not isinstance(kind, str) or kind not in MODELS:
         raise ValueError(f'unknown type "{kind}" (document, fact or question)')
     chosen = fields.pop("action", action)
     if chosen not in ("insert", "revise", "retract"):
         raise ValueError(f'unknown action "{chosen}" (insert, revise or retract)')
     source = fields.pop("source", None)
+    if source is not None:
+        if not isinstance(source, str):
+            raise ValueError('"source" must be a text')
+        source.encode()
     fields.pop("note", None)
     if chosen == "retract":
         if not fields.get("id"):
             raise ValueError("a retraction needs an id")
+        if not isinstance(fields["id"], (str, int)):
+            raise ValueError('"id" must be a text')
+        str(fields["id"]).encode()
         return Entry("retract", kind, str(fields["id"]), None, source)
     if "id" not in fields:
         if chosen == "revise":

@@ -36,9 +36,12 @@ ABSTENTIONS = frozenset(
 
 
 def normalize(text: str) -> str:
-    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
+    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016).
+
+    A text of nothing but articles keeps them, or the answer "A" would count as no answer at all.
+    """
     text = text.lower().translate(_PUNCTUATION)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()) or " ".join(text.split())
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> float:
@@ -105,11 +108,6 @@ def recall_share(found: Sequence[str], wanted: Sequence[str]) -> float:
 def reciprocal_rank(rank: int | None) -> float:
     """1 / rank; 0 where nothing was found. Its mean is the MRR."""
     return 0.0 if rank is None else 1.0 / rank
-
-
-def harmonic_mean(values: Sequence[float]) -> float:
-    """The harmonic mean of positive numbers; 0 where one is 0 (MEMIT's S of ES, PS and NS)."""
-    return 0.0 if min(values) <= 0 else len(values) / sum(1 / v for v in values)
 
 
 def bootstrap_interval(

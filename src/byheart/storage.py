@@ -64,19 +64,47 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: not readable JSON ({error})") from None
 
 
+def read_card(path: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object in a file that byheart wrote, with at least ``keys``.
+
+    Raises:
+        DataError: where the file is missing or is something else.
+    """
+    card = read_json(path)
+    if not isinstance(card, dict) or any(key not in card for key in keys):
+        raise DataError(f"{path}: not what byheart writes there (it lacks {' or '.join(keys)})")
+    return card
+
+
+def check_replaceable(target: Path, marker: str) -> None:
+    """Make sure that writing to ``target`` takes nobody's files away.
+
+    Raises:
+        DataError: where it is a file, or a folder that holds something but not the file ``marker``.
+    """
+    if target.is_file():
+        raise DataError(f"{target}: is a file; name a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise DataError(f"{target}: holds other files than byheart's; name a new or empty folder")
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A fresh folder that becomes ``target`` by rename when the block ends well, and vanishes when it does not.
 
-    What stood at ``target`` before is replaced.
+    What stood at ``target`` before is moved aside first and deleted last; check it with :func:`check_replaceable`
+    where it may be somebody else's.
     """
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    made, aside = temporary / "new", temporary / "old"
+    made.mkdir()
     try:
-        yield temporary
-        os.chmod(temporary, 0o755)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        yield made
+        if target.exists():
+            os.replace(target, aside)
+        os.replace(made, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

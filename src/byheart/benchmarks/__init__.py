@@ -32,7 +32,16 @@ def load_benchmark(
     """
     ledger = Ledger(path, create=True)
     try:
-        new = ledger.insert(benchmark.rows(), source=benchmark.title)
+        ids: set[tuple[str, str]] = set()
+
+        def noted() -> Iterator[Row]:
+            for row in benchmark.rows():
+                ids.add((type(row).__name__, row.id))
+                yield row
+
+        new = ledger.insert(noted(), source=benchmark.title)
+        if len(ids) != ledger.count("document") + ledger.count("question"):
+            raise DataError(f"{path}: holds rows of other data too; name another --out")
     except DataError as error:
         ledger.close()
         if "revise it" in str(error):

@@ -98,13 +98,15 @@ def read_corpus(path: Path) -> Iterator[Document]:
                     raise DataError(f"{path}:{number}: needs id, text and title with tabs between them")
                 yield _document(path, number, cells[0], cells[2] if len(cells) > 2 else "", cells[1])
         return
-    for number, row in enumerate(read_objects(path, ("text",)), 1):
+    for number, row in read_objects(path, ("text",)):
         id = row.get("id")
         yield _document(path, number, None if id is None else str(id), row.get("title") or "", row["text"])
 
 
-def _document(path: Path, number: int, id: str | None, title: str, text: str) -> Document:
-    if not isinstance(text, str) or not text.strip():
+def _document(path: Path, number: int, id: str | None, title: Any, text: Any) -> Document:
+    if not isinstance(text, str) or not isinstance(title, str):
+        raise DataError(f"{path}:{number}: text and title must be texts")
+    if not text.strip():
         raise DataError(f"{path}:{number}: the text is empty")
     return Document(id=id or content_id("d", title, text), title=title, text=text)
 
@@ -117,7 +119,7 @@ def _questions(name: str, sources: Iterable[tuple[Any, Split | None]]) -> Iterat
 
 def _raw(source: Any, split: Split | None) -> Iterator[tuple[dict[str, Any], Split]]:
     if isinstance(source, Path) and source.suffix in (".jsonl", ".gz"):
-        for row in read_objects(source, ("question",)):
+        for _, row in read_objects(source, ("question",)):
             yield row, split or "validation"
     elif isinstance(source, Path) and source.suffix == ".json":
         for entry in _triviaqa_file(source):

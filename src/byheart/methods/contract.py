@@ -69,13 +69,13 @@ class Answer:
     Attributes:
         text: the freely generated answer.
         score: mean log-probability of a generated token.
-        reference: mean log-probability of a token of the question's first answer, written in the answer's place;
-            None where the question has none.
+        reference: mean log-probability of a token of the question's first answer (of its likeliest right choice),
+            written in the answer's place; None where the question has none.
         choice, choice_calibrated: for a question with choices, the likeliest one (length-normalised; with the
             likelihood that it has without the question subtracted).
         evidence: the passages that the model read for it.
-        ranked: the documents that were found for it, best first, further down than was read; empty where none were
-            searched for.
+        ranked: the documents that were found for it, best first, further down than was read; None where none
+            were searched for.
         seconds: its share of the time, retrieval included.
         skipped: why the method could not answer; all else is empty then.
     """
@@ -87,7 +87,7 @@ class Answer:
     choice: str | None = None
     choice_calibrated: str | None = None
     evidence: tuple[Passage, ...] = ()
-    ranked: tuple[str, ...] = ()
+    ranked: tuple[str, ...] | None = None
     seconds: float = 0.0
     prompt_tokens: int = 0
     new_tokens: int = 0

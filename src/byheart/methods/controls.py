@@ -14,18 +14,18 @@ from typing import ClassVar, Self
 from byheart import __version__
 from byheart.base import Base
 from byheart.encoder import Encoder, load_encoder
-from byheart.errors import DataError
+from byheart.errors import DataError, UsageError
 from byheart.gold import gold_passages
 from byheart.index import Index
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import Answer, LearnReport, Progress, Settings
 from byheart.methods.reading import read
 from byheart.prompt import Example, PromptFormat, choose_examples
-from byheart.retrieve import Retriever, follow, index_ledger
+from byheart.retrieve import Retriever, follow, index_ledger, searchable
 from byheart.rows import Question
 from byheart.score import contains
 from byheart.segment import Passage
-from byheart.storage import new_folder, read_json, write_json
+from byheart.storage import check_replaceable, new_folder, read_card, write_json
 
 # How far down retrieval is looked at for recall, whatever the prompt holds.
 RECALL_DEPTH = 10
@@ -83,6 +83,7 @@ class _Control:
 
     def save_pretrained(self, path: Path) -> None:
         """Write settings, examples and the hash of the base to a folder."""
+        check_replaceable(path, "byheart.json")
         with new_folder(path) as made:
             self._save_into(made)
 
@@ -106,9 +107,9 @@ class _Control:
     @classmethod
     def from_pretrained(cls, path: Path, base: Base) -> Self:
         """What ``save_pretrained`` wrote, on the base that it was made for."""
-        card = read_json(path / "byheart.json")
-        if card.get("method") != cls.name:
-            raise DataError(f"{path}: holds {card.get('method')}, not {cls.name}")
+        card = read_card(path / "byheart.json", "method", "base", "encoder", "settings", "examples")
+        if card["method"] != cls.name:
+            raise DataError(f"{path}: holds {card['method']}, not {cls.name}")
         if card["base"]["hash"] != base.hash:
             raise DataError(f"{path}: was made for another base ({card['base']['name']}) than {base.name}")
         method = cls(base, Settings(**card["settings"]), path)
@@ -169,7 +170,9 @@ class Context(_Control):
 
     def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
         """The best ``k`` hits, best first."""
-        return [self._found[q.id][: self.settings.k] or "the ledger has no passage to find" for q in questions]
+        if not len(self._retriever.index):
+            return ["the ledger has no documents"] * len(questions)
+        return [self._found[q.id][: self.settings.k] for q in questions]
 
     def _save_into(self, folder: Path) -> None:
         super()._save_into(folder)
@@ -194,6 +197,10 @@ class Gold(_Control):
         """Keep the ledger at hand; the passages are looked up when they are asked for."""
         self._ledger = ledger
         return super().learn(ledger)
+
+    def save_pretrained(self, path: Path) -> None:
+        """Refused: without a ledger that names the right documents there is nothing to answer from."""
+        raise UsageError(f"{self.name}: needs questions with known documents, so it cannot be kept; use it in compare")
 
     def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
         """A window of each of the question's documents."""
@@ -224,6 +231,6 @@ class Shuffled(Gold):
                 continue
             elsewhere = question.model_copy(update={"documents": [document.id], "facts": []})
             passages = gold_passages(self._ledger, elsewhere, self.encoder.splitter, self.settings.segment)
-            if not contains(passages[0].text, question.answers):
+            if not contains(searchable(passages[0]), question.answers):
                 return passages
         return "the ledger has no passage without its answer"
