@@ -100,7 +100,7 @@ def compare(
             report = method.learn(ledger, tick)
         mark = fingerprint(
             name, base.hash, str(base.dtype), base.device.type, settings.to_dict(), encoder_record(method),
-            ledger.mark(), ledger.revision, __version__,
+            ledger.mark(), __version__,
         )  # fmt: skip
         with show.bar(f"{name}: questions", len(questions)) as tick:
             answers[name] = answer_all(method, questions, out / "answers" / f"{name}.jsonl", mark, on_done=tick)

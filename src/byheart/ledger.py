@@ -59,7 +59,7 @@ class Change:
     @property
     def mark(self) -> str:
         """What :meth:`Ledger.mark` says of this event."""
-        return f"{self.time} {self.kind} {self.id}"
+        return f"{self.revision} {self.time} {self.kind} {self.id}"
 
 
 class Ledger:
@@ -190,7 +190,7 @@ class Ledger:
             return self.apply(Entry("retract", kind, id, None), source=source)
 
     def _event(self, entry: Entry, source: str | None, time: str | None, before: str | None) -> int:
-        time = time or dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
+        time = time or dt.datetime.now(dt.UTC).isoformat(timespec="microseconds")
         cursor = self._db.execute(
             "INSERT INTO events (time, action, kind, id, source, before) VALUES (?, ?, ?, ?, ?, ?)",
             (time, entry.action, entry.kind, entry.id, entry.source or source, before),
@@ -211,7 +211,7 @@ class Ledger:
         """
         number = self.revision if revision is None else revision
         found = self._db.execute("SELECT time, kind, id FROM events WHERE revision = ?", (number,)).fetchone()
-        return "" if found is None else " ".join(found)
+        return "" if found is None else f"{number} {' '.join(found)}"
 
     def count(self, kind: Kind) -> int:
         """How many rows of ``kind`` hold now."""
