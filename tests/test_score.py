@@ -13,6 +13,7 @@ from byheart.score import (
     f1_by_label,
     first_hit,
     mcnemar,
+    mean_interval,
     normalize,
     paired_difference,
     recall_share,
@@ -97,6 +98,14 @@ def test_bootstrap_is_scipys_percentile_interval():
     ours = bootstrap_interval(values.tolist())
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=2).confidence_interval
     assert ours == pytest.approx((theirs.low, theirs.high), abs=0.01)
+
+
+def test_none_of_n_leaves_room_for_doubt():
+    low, high = mean_interval([0.0] * 226)
+    assert (low, high) == pytest.approx((0, stats.binomtest(0, 226).proportion_ci(method="exact").high))
+    low, high = mean_interval([1.0] * 40)
+    assert (low, high) == pytest.approx((stats.binomtest(40, 40).proportion_ci(method="exact").low, 1))
+    assert mean_interval([0.0, 1.0, 1.0]) == bootstrap_interval([0.0, 1.0, 1.0])
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():

@@ -30,12 +30,12 @@ from byheart.progress import Silent
 from byheart.rows import Question, Split
 from byheart.score import (
     abstained,
-    bootstrap_interval,
     contains,
     exact_match,
     f1_by_label,
     first_hit,
     mcnemar,
+    mean_interval,
     paired_difference,
     recall_share,
     reciprocal_rank,
@@ -225,7 +225,7 @@ def _means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row[name] for row in rows if name in row] for name in names}
     means = {name: _mean(values) for name, values in columns.items()}
-    return means, {name: list(bootstrap_interval(values, seed=seed)) for name, values in columns.items()}
+    return means, {name: list(mean_interval(values, seed=seed)) for name, values in columns.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

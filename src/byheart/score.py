@@ -123,6 +123,18 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def mean_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of a mean of shares: bootstrap, but exact (Clopper and Pearson 1934) for none or all of n.
+
+    Resampling 200 misses gives 200 misses, an interval of no width, although the share may well be 0.01.
+    """
+    unique = set(values)
+    if len(unique) == 1 and unique <= {0.0, 1.0}:
+        edge = 0.025 ** (1 / len(values))
+        return (0.0, 1 - edge) if unique == {0.0} else (edge, 1.0)
+    return bootstrap_interval(values, seed=seed)
+
+
 def paired_difference(
     ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
