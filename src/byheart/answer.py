@@ -15,7 +15,7 @@ from byheart.rows import Question
 from byheart.segment import Passage
 from byheart.storage import write_text
 
-STEP = 128
+STEP = 64
 
 
 def fingerprint(*parts: Any) -> str:
