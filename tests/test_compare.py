@@ -179,6 +179,18 @@ def test_the_main_job_writes_what_the_design_promises(run):
 
 
 @pytest.mark.real
+def test_a_wrong_passage_is_wrong_for_every_question(world, smollm, tmp_path):
+    method = method_class("shuffled")(smollm, Settings(shots=0), tmp_path)
+    method.learn(world)
+    questions = list(world.questions())
+    drawn = method.passages(questions)
+    # Unanswerable questions too, whose own page no answer would give away.
+    assert all(p.document not in q.documents for q, passages in zip(questions, drawn, strict=True) for p in passages)
+    assert len({passages[0].document for passages in drawn}) > 30
+    assert method.passages(questions[::-1])[::-1] == drawn
+
+
+@pytest.mark.real
 def test_knowing_the_passage_helps_and_a_wrong_one_does_not(run):
     metrics = {name: method["metrics"] for name, method in run[1]["methods"].items()}
     assert metrics["gold"]["answer_probability"] > 3 * metrics["closed"]["answer_probability"]
