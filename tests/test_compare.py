@@ -7,7 +7,7 @@ from byheart.answer import answer_all, read_answers
 from byheart.compare import choose_questions, compare, pairs, question_metrics, summarise
 from byheart.errors import DataError, UsageError
 from byheart.methods import METHODS, Answer, LearnReport, Settings, method_class, parse_methods
-from byheart.prompt import PromptFormat, as_sentence, choose_examples
+from byheart.prompt import FORM_EXAMPLES, PromptFormat, as_sentence, choose_examples
 from byheart.report import headline, write_report
 from byheart.rows import Question
 from byheart.score import contains
@@ -84,7 +84,9 @@ def test_examples_come_from_training_questions_alone(world, tokenizer):
     assert "Text:" not in closed and closed.count("Question:") == 7
     for question in world.questions(["train"]):
         world.retract("question", question.id)
-    assert choose_examples(world, 6, 0, tokenizer.backend_tokenizer) == []
+    form = choose_examples(world, 6, 0, tokenizer.backend_tokenizer)
+    assert form == list(FORM_EXAMPLES) and all(e.answer in e.passage.text for e in form)
+    assert choose_examples(world, 0, 0, tokenizer.backend_tokenizer) == []
 
 
 def test_questions_are_drawn_by_the_seed_and_never_from_training(world):

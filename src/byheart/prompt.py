@@ -33,6 +33,25 @@ class Example:
     passage: Passage | None
 
 
+def _form(number: int, question: str, answer: str, title: str, text: str) -> Example:
+    return Example(question, answer, Passage(f"form-{number}", title, text, 0, len(text)))
+
+
+# For a ledger without training questions: invented, so that they show the form of an answer and teach nothing.
+FORM_EXAMPLES = (
+    _form(1, "who built the clock of Merrowby", "Anna Kestle", "Merrowby",
+          "Merrowby is a market town on a low hill. Its clock was built by Anna Kestle, who never left the county."),
+    _form(2, "when did the Linfold bridge open", "1931", "Linfold bridge",
+          "The Linfold bridge crosses the Orl where the river is widest. It opened in 1931 after six years of work."),
+    _form(3, "where does the river Orl begin", "Lake Sennet", "Orl",
+          "The Orl is a slow river of 140 kilometres. It begins in Lake Sennet and reaches the sea at Port Averil."),
+    _form(4, "how many islands make up the Tarn Isles", "nine", "Tarn Isles",
+          "The Tarn Isles are nine islands, of which only the largest has a harbour."),
+    _form(5, "what is the flag of Dunmore Vale made of", "wool", "Dunmore Vale",
+          "Dunmore Vale has a flag of wool, since the valley has kept sheep for as long as anybody remembers."),
+)  # fmt: skip
+
+
 class PromptFormat:
     """Questions, passages and examples to prompt texts.
 
@@ -99,11 +118,14 @@ def choose_examples(ledger: Ledger, shots: int, seed: int, tokenizer: Tokenizer)
     """``shots`` examples drawn from the ledger's training questions: with a short answer that their passage holds.
 
     Only the split ``train`` is looked at. Fewer come back where it has fewer; the same seed draws the same ones. Where
-    no training question names a document, the examples are questions and answers alone.
+    no training question names a document, the examples are questions and answers alone; where there is none at all,
+    invented ones show the form.
     """
     if shots == 0:
         return []
     candidates = [q for q in ledger.questions(["train"]) if _is_plain(q)]
+    if not candidates:
+        return list(FORM_EXAMPLES[:shots])
     random.Random(seed).shuffle(candidates)
     found: list[tuple[int, Example]] = []
     for question in candidates if any(q.documents for q in candidates) else ():
