@@ -31,6 +31,7 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/answer.py
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/startup.py
 

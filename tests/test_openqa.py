@@ -43,6 +43,9 @@ def test_two_data_sets_are_not_mixed_in_one_ledger(tmp_path):
     load_benchmark(nq(str(tmp_path / "a.jsonl")), tmp_path / "l.db")[0].close()
     with pytest.raises(DataError, match="rows of other data too; name another --out"):
         load_benchmark(nq(str(tmp_path / "b.jsonl")), tmp_path / "l.db")
+    # The refused rows did not get in: the first data still loads.
+    with load_benchmark(nq(str(tmp_path / "a.jsonl")), tmp_path / "l.db")[0] as ledger:
+        assert [q.question for q in ledger.questions()] == ["asked in a"]
 
 
 def test_a_corpus_in_dprs_form(tmp_path):

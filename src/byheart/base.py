@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from byheart import embedded
-from byheart.errors import DataError, UsageError
+from byheart.errors import DataError, UsageError, first_line
 from byheart.parts import Parts, find_parts
 from byheart.storage import sha256
 
@@ -151,7 +151,7 @@ def load_base(
         raise
     # transformers raises many types for files that are wrong in many ways; each ends in the same one sentence.
     except Exception as error:
-        raise DataError(f"{name}: cannot be loaded as a model ({_first_line(error)})") from error
+        raise DataError(f"{name}: cannot be loaded as a model ({first_line(error)})") from error
     return make_base(name, model.to(target), tokenizer, folder=path)
 
 
@@ -171,7 +171,7 @@ def model_folder(name: str, say: Callable[[str], None] = lambda line: None) -> P
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.jinja", "*.safetensors", "*.model"]))
     except Exception as error:  # a name that is no id, no network, no such model: each has types of its own
         raise DataError(
-            f"{name}: no such file or folder, and the Hub does not give it ({_first_line(error)})"
+            f"{name}: no such file or folder, and the Hub does not give it ({first_line(error)})"
         ) from error
 
 
@@ -245,7 +245,3 @@ def quiet_transformers() -> Iterator[None]:
         hf.set_verbosity(level)
         if bars:
             hf.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

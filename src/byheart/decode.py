@@ -60,7 +60,7 @@ class _Buffer(DynamicLayer):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self._k, self._v = (_blank(t, t.shape[0], self._capacity) for t in (key_states, value_states))
-        self.keys, self.values = self._k[:, :, :0], self._v[:, :, :0]
+        self.cut(0)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class _Buffer(DynamicLayer):  # type: ignore[misc]
         new = old + key_states.shape[-2]
         self._k[:, :, old:new] = key_states
         self._v[:, :, old:new] = value_states
-        self.keys, self.values = self._k[:, :, :new], self._v[:, :, :new]
+        self.cut(new)
         return self.keys, self.values
 
     @property
@@ -101,7 +101,7 @@ class _Buffer(DynamicLayer):  # type: ignore[misc]
         """Drop all rows but these."""
         length = self.keys.shape[-2]
         self._k, self._v = self._k[rows], self._v[rows]
-        self.keys, self.values = self._k[:, :, :length], self._v[:, :, :length]
+        self.cut(length)
 
     def cut(self, length: int) -> None:
         """Take the first ``length`` columns as written, and no more."""

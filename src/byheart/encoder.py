@@ -18,7 +18,7 @@ from torch import Tensor
 
 from byheart import embedded
 from byheart.base import choose_device, choose_dtype, model_files, model_folder, quiet_transformers
-from byheart.errors import DataError
+from byheart.errors import DataError, first_line
 from byheart.storage import read_json, sha256
 
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
@@ -133,8 +133,7 @@ def load_encoder(
             tokenizer = AutoTokenizer.from_pretrained(folder)
     # transformers raises many types for files that are wrong in many ways; each ends in the same one sentence.
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{name}: cannot be loaded as an encoder ({first})") from error
+        raise DataError(f"{name}: cannot be loaded as an encoder ({first_line(error)})") from error
     model.to(target).eval().requires_grad_(False)
     limit = getattr(model.config, "max_position_embeddings", 512)
     settings = _settings(folder, limit)

@@ -19,3 +19,12 @@ class DataError(ByheartError):
     """A file, line, model or stored artefact is not what it should be; the message names it."""
 
     exit_code = 3
+
+
+class ConflictError(DataError):
+    """A row is there already with other content."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, short enough for one sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

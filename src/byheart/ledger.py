@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from byheart.errors import DataError
+from byheart.errors import ConflictError, DataError
 from byheart.rows import MODELS, Action, Document, Entry, Fact, Kind, Question, Row, Split
 
 SCHEMA_VERSION = 1
@@ -156,7 +156,7 @@ class Ledger:
             # Changed since it was first inserted, but this very row opened its history: adding a file again.
             if body in (found[0], self._body_after(entry.kind, entry.id, 0)):
                 return "unchanged"
-            raise DataError(f'{entry.kind} "{entry.id}" is there already with other content; revise it instead')
+            raise ConflictError(f'{entry.kind} "{entry.id}" is there already with other content; revise it instead')
         if found is None:
             raise DataError(f'no {entry.kind} "{entry.id}" to {entry.action}')
         if entry.action == "retract":

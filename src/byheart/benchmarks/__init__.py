@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from byheart.errors import DataError
+from byheart.errors import ConflictError, DataError
 from byheart.ledger import Ledger
 from byheart.rows import Row
 
@@ -28,23 +28,24 @@ def load_benchmark(
     """The benchmark's rows in a ledger at ``path`` (made, or checked to hold just these), and its record.
 
     Raises:
-        DataError: where a row is bad, or the ledger there holds other rows under the same ids.
+        DataError: where a row is bad, or the ledger there holds other rows; it is left as it was then.
     """
     ledger = Ledger(path, create=True)
-    try:
+
+    def noted() -> Iterator[Row]:
         ids: set[tuple[str, str]] = set()
-
-        def noted() -> Iterator[Row]:
-            for row in benchmark.rows():
-                ids.add((type(row).__name__, row.id))
-                yield row
-
-        new = ledger.insert(noted(), source=benchmark.title)
+        for row in benchmark.rows():
+            ids.add((type(row).__name__, row.id))
+            yield row
+        # Here, in the transaction that the rows go in by: a refusal takes them all out again.
         if len(ids) != ledger.count("document") + ledger.count("question"):
             raise DataError(f"{path}: holds rows of other data too; name another --out")
+
+    try:
+        new = ledger.insert(noted(), source=benchmark.title)
     except DataError as error:
         ledger.close()
-        if "revise it" in str(error):
+        if isinstance(error, ConflictError):
             raise DataError(f"{path}: holds other rows of {benchmark.name} ({error}); name another --out") from None
         raise
     say(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from byheart.benchmarks import Benchmark
-from byheart.errors import DataError, UsageError
+from byheart.errors import DataError, UsageError, first_line
 from byheart.formats import read_objects
 from byheart.rows import Document, Question, Row, Split, content_id
 
@@ -151,8 +151,7 @@ def _with_datasets(source: Any) -> Iterator[tuple[dict[str, Any], Split]]:
         else:
             found = load_dataset(_HUB_NAMES.get(source, source))
     except Exception as error:  # datasets raises many types, also its own; each ends in one sentence
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"--data {source}: no such file, and not to be had from the Hub ({first})") from error
+        raise DataError(f"--data {source}: no such file, and the Hub does not give it ({first_line(error)})") from error
     for split, rows in found.items():
         for row in rows:
             yield dict(row), _split_of(split) or "validation"
