@@ -27,7 +27,7 @@ def tiled_attention(
 ) -> tuple[Tensor, None]:
     """Softmax attention with grouped key/value heads, never repeating them.
 
-    PyTorch's fused kernel takes twice as long in bf16 (benchmarks/attention.py): it wants the keys repeated for every
+    PyTorch's fused kernel takes up to twice as long (benchmarks/attention.py): it wants the keys repeated for every
     query head, and works in small blocks that leave the processor's bf16 units idle. The query heads of a group are
     stacked instead, and the products are as large as the cache allows.
 
