@@ -51,16 +51,25 @@ def tiled_attention(
     blocked = ~attention_mask[..., :m]
     low = torch.finfo(query.dtype).min  # not -inf: a padded row that may look nowhere would become NaN and spread
     out = torch.empty_like(stacked)
-    if stacked[0, 0, :, 0].numel() * m * batch * groups <= _SMALL or batch == 1:
-        scores = (stacked @ key.transpose(-1, -2)).view(batch, groups, -1, n, m).masked_fill_(blocked[:, :, None], low)
-        out = scores.softmax(-1).view(batch, groups, -1, m) @ value
-    else:
+    rows = max(1, _SMALL // (groups * stacked.shape[2] * m))  # that are done at once
+    if torch.is_grad_enabled():  # writing into a given output has no gradient
+        rows = batch
+    if rows == 1 < batch:
+        out = torch.empty_like(stacked)
         for row in range(batch):
             hidden = blocked[row if len(blocked) > 1 else 0]
             for group in range(groups):
                 scores = stacked[row, group] @ key[row, group].T
                 scores.view(-1, n, m).masked_fill_(hidden, low)
                 torch.mm(scores.softmax(-1), value[row, group], out=out[row, group])
+    else:
+        parts = []
+        for start in range(0, batch, rows):
+            part = slice(start, start + rows)
+            scores = (stacked[part] @ key[part].transpose(-1, -2)).view(-1, groups, heads // groups, n, m)
+            scores.masked_fill_((blocked[part] if len(blocked) > 1 else blocked)[:, :, None], low)
+            parts.append(scores.softmax(-1).flatten(2, 3) @ value[part])
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]
     return out.view(batch, heads, n, dim).transpose(1, 2).contiguous(), None
 
 

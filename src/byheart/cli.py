@@ -49,6 +49,10 @@ DtypeName = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default what is fast.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="METHOD.NAME=VALUE", help="An option of one method, such as edit.layers=3-7."),
+]
 Source = Annotated[str | None, typer.Option("--source", help="Who says so; kept with every change.")]
 
 
@@ -108,12 +112,13 @@ def _compare(
     seed: Seed = 0,
     device: Device = None,
     dtype: DtypeName = None,
+    options: Options = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask every method the ledger's questions, and write run.json, answers.jsonl and report.html."""
     from byheart.ledger import Ledger
 
-    settings = _settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed)
+    settings = _settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
     names, splits = _method_names(methods), _splits(split)
     with Ledger(ledger) as opened:
         _run(opened, base, names, out, settings, splits, limit, device, dtype, as_json, {})
@@ -138,12 +143,13 @@ def _bench_nq(
     seed: Seed = 0,
     device: Device = None,
     dtype: DtypeName = None,
+    options: Options = None,
     as_json: AsJson = False,
 ) -> None:
     """Natural Questions (NQ-open): questions with short answers over a corpus of Wikipedia passages."""
     from byheart.benchmarks.openqa import nq
 
-    settings = _settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed)
+    settings = _settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
     names = _method_names(methods)
     _bench(nq(data, corpus), base, names, out, settings, split, limit, device, dtype, as_json)
 
@@ -167,22 +173,113 @@ def _bench_triviaqa(
     seed: Seed = 0,
     device: Device = None,
     dtype: DtypeName = None,
+    options: Options = None,
     as_json: AsJson = False,
 ) -> None:
     """TriviaQA: questions with aliases, over a corpus that you name."""
     from byheart.benchmarks.openqa import triviaqa
 
-    settings = _settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed)
+    settings = _settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
     names = _method_names(methods)
     _bench(triviaqa(data, corpus), base, names, out, settings, split, limit, device, dtype, as_json)
+
+
+Texts = Annotated[
+    Path | None,
+    typer.Option("--text", help="Ordinary text: its first half for the second moment, its end for perplexity."),
+]
+Sizes = Annotated[str, typer.Option("--edits", help="Numbers of edits for the scaling curve, with commas between.")]
+Writing = Annotated[int, typer.Option("--texts", min=0, help="Texts to generate a record, for GE and RS.")]
+Questions = Annotated[
+    Path | None, typer.Option("--questions", help="JSONL of title, question, answers: edits from documents' questions.")
+]
+EditMethods = Annotated[str, typer.Option("--methods", help="edit, ft, ft-w, rome, with commas between them.")]
+
+
+@bench_app.command("counterfact")
+def _bench_counterfact(
+    data: Annotated[Path, typer.Option("--data", help="Folder or file of CounterFact records (JSON lines).")],
+    out: Out = Path("runs/counterfact"),
+    base: BaseName = "smollm2-135m",
+    methods: EditMethods = "edit",
+    text: Texts = None,
+    edits: Sizes = "",
+    texts: Writing = 1,
+    references: Annotated[
+        Path | None, typer.Option("--references", help="JSONL of object and texts about it, for RS.")
+    ] = None,
+    same_subject: Annotated[
+        int, typer.Option("--same-subject", min=0, help="Also edit batches of so many facts about one subject.")
+    ] = 0,
+    questions: Questions = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DtypeName = None,
+    options: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """CounterFact: edits of facts, scored on edit, paraphrase and neighbourhood prompts after all edits."""
+    from byheart.benchmarks.editing import counterfact, question_cases
+    from byheart.benchmarks.editing import same_subject as batches
+
+    cases = counterfact(data, references)
+    sets = [] if not same_subject else [("same subject", batches(cases, same_subject, 10, seed))]
+    sets += [] if questions is None else [("questions", [question_cases(questions)])]
+    _edit_bench(
+        "CounterFact",
+        cases,
+        data,
+        base,
+        methods,
+        out,
+        text,
+        edits,
+        texts,
+        sets,
+        limit,
+        seed,
+        device,
+        dtype,
+        options,
+        as_json,
+    )
+
+
+@bench_app.command("zsre")
+def _bench_zsre(
+    data: Annotated[Path, typer.Option("--data", help="Folder or file of zsRE records (JSON lines).")],
+    out: Out = Path("runs/zsre"),
+    base: BaseName = "smollm2-135m",
+    methods: EditMethods = "edit",
+    text: Texts = None,
+    edits: Sizes = "",
+    questions: Questions = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DtypeName = None,
+    options: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """zsRE: edits of questions' answers, scored by token overlap after all edits."""
+    from byheart.benchmarks.editing import question_cases, zsre
+
+    sets = [] if questions is None else [("questions", [question_cases(questions)])]
+    _edit_bench(
+        "zsRE", zsre(data), data, base, methods, out, text, edits, 0, sets, limit, seed, device, dtype, options, as_json
+    )
 
 
 @app.command("report")
 def _report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
     """Write report.html of a run again, from its run.json and answers.jsonl."""
+    from byheart.edit_report import write_edit_report
     from byheart.report import write_report
+    from byheart.storage import read_card
 
-    print(write_report(run))
+    editing = "benchmark" in read_card(run / "run.json", "methods")
+    print(write_edit_report(run) if editing else write_report(run))
 
 
 @app.command("learn")
@@ -201,11 +298,11 @@ def _learn(
     seed: Seed = 0,
     device: Device = None,
     dtype: DtypeName = None,
+    options: Options = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Take an edit back that moves too much else.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn a ledger with one method, and write what was learnt to a folder that `byheart ask` reads."""
-    from dataclasses import asdict
-
     from byheart.base import load_base
     from byheart.ledger import Ledger
     from byheart.methods import method_class
@@ -213,18 +310,22 @@ def _learn(
     from byheart.storage import check_replaceable
 
     cls = method_class(method)
-    settings = _settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed)
+    if gate:
+        if method != "edit":
+            raise UsageError("--gate: only edit has a gate")
+        options = [*(options or []), "edit.gate=rollback"]
+    settings = _settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
     check_replaceable(out, "byheart.json")
     show = Terminal()
     with Ledger(ledger) as opened:
         learner = cls(
             load_base(base, device=device, dtype=dtype, say=show.say), settings, out.parent / f".{out.name}.work"
         )
-        with show.bar(f"{method}: learning", opened.count("document")) as tick:
+        with show.bar(f"{method}: {learner.learns}s", opened.count(learner.learns)) as tick:
             report = learner.learn(opened, tick)
         learner.save_pretrained(out)
     _remove(out.parent / f".{out.name}.work")
-    _emit(asdict(report) | {"out": str(out)}, as_json, f"{method}: learnt {report.documents} documents into {out}")
+    _show_report(report, out, as_json, f"{method}: learnt", skipped=getattr(learner, "skipped", {}))
 
 
 @app.command("ask")
@@ -265,6 +366,123 @@ def _ask(
         for passage in row["evidence"]:
             print(f"    {passage['title'] or passage['document']} ({passage['document']}, "
                   f"{passage['start']}-{passage['end']}): {' '.join(passage['text'].split())[:300]}")  # fmt: skip
+
+
+@app.command("trace")
+def _trace(
+    out: Out = Path("runs/trace"),
+    facts: Annotated[
+        Path | None,
+        typer.Option(
+            "--facts", help="JSONL of subject, prompt or template, and object or attribute; else common facts."
+        ),
+    ] = None,
+    base: BaseName = "smollm2-135m",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Draws of the noise a fact.")] = 3,
+    window: Annotated[
+        int, typer.Option("--window", min=1, help="Blocks over which MLPs or attention are restored.")
+    ] = 5,
+    limit: Limit = 40,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DtypeName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the layers that facts are recalled from, by causal tracing; `learn edit` then edits those."""
+    from byheart.base import load_base
+    from byheart.edit_report import write_trace_report
+    from byheart.methods.edit.tracing import trace_base
+    from byheart.progress import Terminal
+    from byheart.storage import write_json
+
+    show = Terminal()
+    model = load_base(base, device=device, dtype=dtype, say=show.say)
+    record = trace_base(model, facts, limit or 40, samples, window, seed, show)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "trace.json", record)
+    page = write_trace_report(out, record) if record["facts"] else None
+    first, last = record["range"]
+    _emit(record, as_json, f"layers {first}-{last} ({record['how']})")
+    if page:
+        show.say(f"heat map: {out / 'trace.png'}\nreport: {page}")
+
+
+Learnt = Annotated[Path, typer.Argument(metavar="DIR", help="What `byheart learn` wrote.", show_default=False)]
+
+
+@app.command("undo")
+def _undo(
+    folder: Learnt,
+    facts: Annotated[list[str], typer.Argument(metavar="FACT_ID...", help="The facts to take out again.")],
+    base: BaseName = "smollm2-135m",
+    device: Device = None,
+    dtype: DtypeName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take facts out of an edit, as if they had never been learnt; nothing is optimised anew."""
+    from byheart.methods.edit.method import Edit
+
+    method = _loaded(folder, base, device, dtype)
+    if not isinstance(method, Edit):
+        raise UsageError(f"{folder}: holds {method.name}, and only an edit's facts can be undone one by one")
+    report = method.undo(facts)
+    method.save_pretrained(folder)
+    _show_report(report, folder, as_json, f"undone {', '.join(facts)}; left:", skipped={})
+
+
+@app.command("export")
+def _export(
+    folder: Learnt,
+    to: Annotated[str, typer.Option("--to", help="peft (a LoRA adapter) or merged (a whole model).")],
+    out: Out,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="peft: the highest rank; what it cuts is reported.")
+    ] = None,
+    base: BaseName = "smollm2-135m",
+    device: Device = None,
+    dtype: DtypeName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a change of weights in a form that other programs load."""
+    from byheart.methods.edit.export import export_merged, export_peft
+    from byheart.methods.edit.weights import ChangedWeights
+
+    if to not in ("peft", "merged"):
+        raise UsageError(f"--to {to}: must be peft or merged")
+    if rank is not None and to != "peft":
+        raise UsageError("--rank: only for --to peft")
+    method = _loaded(folder, base, device, dtype)
+    if not isinstance(method, ChangedWeights):
+        raise UsageError(f"{folder}: {method.name} changes no weights, so there is nothing to export")
+    record = export_peft(method, out, rank) if to == "peft" else export_merged(method, out)
+    cut = max(record.get("error", {}).values(), default=0.0)
+    said = (
+        f", rank {record['rank']}" + (f", {cut:.1%} of the change cut at most" if cut else "") if to == "peft" else ""
+    )
+    _emit(record, as_json, f"{out}: written{said}")
+
+
+def _loaded(folder: Path, base: str, device: str | None, dtype: str | None) -> Any:
+    from byheart.base import load_base
+    from byheart.methods import method_class
+    from byheart.progress import Terminal
+    from byheart.storage import read_card
+
+    card = read_card(folder / "byheart.json", "method")
+    model = load_base(base, device=device, dtype=dtype, say=Terminal().say)
+    return method_class(card["method"]).from_pretrained(folder, model)
+
+
+def _show_report(report: Any, out: Path, as_json: bool, sentence: str, skipped: dict[str, str]) -> None:
+    from dataclasses import asdict
+
+    for id, why in skipped.items():
+        print(f"skipped {id}: {why}", file=sys.stderr)
+    for note in report.notes:
+        print(note, file=sys.stderr)
+    what = f"{report.facts} facts" if report.facts or not report.documents else f"{report.documents} documents"
+    record = asdict(report) | {"skipped_rows": skipped, "out": str(out)}
+    _emit(record, as_json, f"{sentence} {what} in {report.seconds:.1f} s: {out}")
 
 
 @app.command("models")
@@ -572,13 +790,28 @@ def _index_record(index: Any) -> dict[str, Any]:
 
 
 def _settings(
-    encoder: str, segment: str, retriever: str, k: int, shots: int, chat: bool, max_new_tokens: int, seed: int
-) -> Settings:
+    encoder: str, segment: str, retriever: str, k: int, shots: int, chat: bool, max_new_tokens: int, seed: int,
+    options: list[str] | None,
+) -> Settings:  # fmt: skip
     from byheart.methods.contract import Settings
     from byheart.segment import parse_preset
 
     parse_preset(segment)
-    return Settings(encoder, segment, _mode(retriever), k, shots, chat, max_new_tokens, seed)
+    return Settings(
+        encoder, segment, _mode(retriever), k, shots, chat, max_new_tokens, seed, _method_options(options or [])
+    )
+
+
+def _method_options(given: list[str]) -> dict[str, str]:
+    from byheart.methods import METHODS
+
+    found = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or key.partition(".")[0] not in METHODS or "." not in key:
+            raise UsageError(f"--set {text}: must be METHOD.NAME=VALUE, such as edit.layers=3-7")
+        found[key] = value
+    return found
 
 
 def _mode(name: str) -> Any:
@@ -616,6 +849,62 @@ def _bench(
         _run(ledger, base, names, out, settings, splits, limit, device, dtype, as_json, origin)
 
 
+def _edit_bench(
+    title: str, cases: list[Any], data: Path, base: str, methods: str, out: Path, text: Path | None, edits: str,
+    texts: int, sets: list[Any], limit: int | None, seed: int, device: str | None, dtype: str | None,
+    options: list[str] | None, as_json: bool,
+) -> None:  # fmt: skip
+    from byheart.base import load_base
+    from byheart.benchmarks.edit_run import run_editing
+    from byheart.edit_report import tables, write_edit_report
+    from byheart.methods.edit.layers import traced_path
+    from byheart.progress import Terminal
+
+    names = _method_names(methods)
+    sizes = _sizes(edits)
+    show = Terminal()
+    model = load_base(base, device=device, dtype=dtype, say=show.say)
+    plan, given = _edit_plan(model, text, out, sizes, sets, texts, seed)
+    settings = _settings("minilm", "288/64", "hybrid", 1, 0, False, 24, seed, [*given, *(options or [])])
+    origin = {"data": str(data), "text": None if text is None else str(text), "limit": limit}
+    run = run_editing(title, model, cases[:limit], names, out, settings, plan, origin=origin, progress=show)
+    if as_json:
+        print(json.dumps(run, ensure_ascii=False, indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        for table in tables(run):
+            console.print(table)
+    show.say(f"report: {write_edit_report(out, traced_path(model))}")
+
+
+def _edit_plan(
+    model: Any, text: Path | None, out: Path, sizes: tuple[int, ...], sets: list[Any], texts: int, seed: int
+) -> tuple[Any, list[str]]:
+    """What to measure, and the options that give methods their ordinary text: never the part that is measured on."""
+    from byheart.benchmarks.edit_run import PERPLEXITY_TOKENS, Plan
+    from byheart.methods.edit.covariance import ROW, ordinary_text, text_rows
+    from byheart.storage import write_text
+
+    if text is None:
+        rows, given = list(text_rows(model, None, PERPLEXITY_TOKENS, seed + 1_000_003)), []
+    else:
+        (whole,) = ordinary_text(str(text), "edit") or [""]
+        ids = model.tokenizer(whole[len(whole) // 2 :])["input_ids"][-PERPLEXITY_TOKENS:]
+        rows = [ids[start : start + 2 * ROW] for start in range(0, len(ids), 2 * ROW)]
+        write_text(out / "text.txt", whole[: len(whole) // 2])
+        given = [f"{name}.text={out / 'text.txt'}" for name in ("edit", "rome")]
+    return Plan(sizes, tuple(sets), texts, tuple(map(tuple, rows))), given
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"--edits {text}: must be whole numbers with commas between")
+    return tuple(map(int, parts))
+
+
 def _run(
     ledger: Any, base: str, names: list[str], out: Path, settings: Settings, splits: list[Any], limit: int | None,
     device: str | None, dtype: str | None, as_json: bool, origin: dict[str, Any],
@@ -623,7 +912,7 @@ def _run(
     from byheart.base import load_base
     from byheart.compare import compare
     from byheart.progress import Terminal
-    from byheart.report import remarks, summary_table, write_report
+    from byheart.report import before_after, remarks, summary_table, write_report
 
     show = Terminal()
     model = load_base(base, device=device, dtype=dtype, say=show.say)
@@ -638,6 +927,9 @@ def _run(
         Console(width=None if sys.stdout.isatty() else 200).print(summary_table(run))
         for remark in remarks(run):
             print(remark)
+        example = before_after(out)
+        if example is not None:
+            print(f"for example: {example}")
     show.say(f"report: {report}")
 
 

@@ -87,7 +87,7 @@ def compare(
         "command": ["byheart", *(a.encode("utf-8", "replace").decode() for a in sys.argv[1:])],
         "origin": origin or {},
         "ledger": _ledger_record(ledger),
-        "base": _base_record(base),
+        "base": base_record(base),
         "settings": settings.to_dict(),
         "questions": _question_record(ledger, questions, splits),
         "machine": machine(),
@@ -96,7 +96,7 @@ def compare(
     answers: dict[str, list[Answer]] = {}
     for name in methods:
         method = method_class(name)(base, settings, out)
-        with show.bar(f"{name}: documents", ledger.count("document")) as tick:
+        with show.bar(f"{name}: {method.learns}s", ledger.count(method.learns)) as tick:
             report = method.learn(ledger, tick)
         mark = fingerprint(
             name, base.hash, str(base.dtype), base.device.type, settings.to_dict(), encoder_record(method),
@@ -190,6 +190,8 @@ def summarise(
         "skipped": dict(Counter(a.skipped for a in answers if a.skipped is not None)),
         "write_seconds": report.seconds,
         "bytes": report.bytes,
+        "left_out": report.skipped,
+        "notes": list(report.notes),
         "query_ms": 1000 * _mean([a.seconds for a in asked]),
         "prompt_tokens": _mean([a.prompt_tokens for a in asked]),
         "new_tokens": _mean([a.new_tokens for a in asked]),
@@ -265,7 +267,8 @@ def encoder_record(method: Any) -> dict[str, Any]:
     return card.to_dict() if isinstance(card, EncoderCard) else {}
 
 
-def _base_record(base: Base) -> dict[str, Any]:
+def base_record(base: Base) -> dict[str, Any]:
+    """What tells a model from another, for the record."""
     return {
         "name": base.name,
         "hash": base.hash,

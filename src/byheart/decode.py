@@ -38,6 +38,7 @@ class Completion:
         text: the greedy continuation, up to the end of its first line that holds text.
         logprob: mean natural log-probability of a generated token, the stopping one included; 0 where none was asked.
         options: mean natural log-probability of a token, for each of the job's options.
+        hits: share of each option's tokens that the model would have chosen itself, given those before.
         prompt_tokens, new_tokens: what was read and written.
         seconds: the batch's wall time divided by its rows, the shared beginning included.
     """
@@ -45,9 +46,21 @@ class Completion:
     text: str
     logprob: float
     options: tuple[float, ...]
+    hits: tuple[float, ...]
     prompt_tokens: int
     new_tokens: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Draw each token from the ``top_k`` likeliest, instead of always taking the likeliest.
+
+    What a job draws depends on the seed and its place among the jobs, not on the batch.
+    """
+
+    top_k: int
+    seed: int = 0
 
 
 class _Buffer(DynamicLayer):  # type: ignore[misc]
@@ -118,13 +131,15 @@ def complete(
     jobs: Sequence[Job],
     *,
     max_new_tokens: int = 24,
+    sampling: Sampling | None = None,
+    whole: bool = False,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[Completion]:
     """Continue and score many prompts, in their order.
 
     The beginning that all prompts share (instruction, examples) is read once; the rest goes in batches of like
     length; a row ends at the end of its first line that holds text, or at the model's end token once it holds text, and
-    leaves its batch.
+    leaves its batch. With ``whole`` nothing ends a row: each is ``max_new_tokens`` long, line breaks included.
     ``max_new_tokens=0`` only scores. The result does not depend on the batch up to the rounding of ``base.dtype``.
 
     Raises:
@@ -134,9 +149,9 @@ def complete(
         return []
     prompts = [list(map(int, ids)) for ids in base.tokenizer([job.prompt for job in jobs])["input_ids"]]
     if base.kind == "seq2seq":
-        work: _Causal | _Seq2Seq = _Seq2Seq(base, jobs, prompts, max_new_tokens)
+        work: _Causal | _Seq2Seq = _Seq2Seq(base, jobs, prompts, max_new_tokens, sampling, whole)
     else:
-        work = _Causal(base, jobs, prompts, max_new_tokens)
+        work = _Causal(base, jobs, prompts, max_new_tokens, sampling, whole)
     _check_lengths(base, work)
     done: list[Completion | None] = [None] * len(jobs)
     with torch.inference_mode(), fast_attention(base.model):
@@ -146,10 +161,12 @@ def complete(
             results = work.batch(batch)
             seconds = (time.perf_counter() - began) / len(batch) + work.shared_seconds / len(jobs)
             for index, (tokens, logprobs, options) in zip(batch, results, strict=True):
+                text = base.tokenizer.decode(tokens, skip_special_tokens=True)
                 done[index] = Completion(
-                    text=first_line(base.tokenizer.decode(tokens, skip_special_tokens=True)),
+                    text=text if whole else first_line(text),
                     logprob=sum(logprobs) / len(logprobs) if logprobs else 0.0,
-                    options=options,
+                    options=tuple(mean for mean, _ in options),
+                    hits=tuple(share for _, share in options),
                     prompt_tokens=len(prompts[index]),
                     new_tokens=len(tokens),
                     seconds=seconds,
@@ -178,14 +195,24 @@ def option_ids(tokenizer: Any, prompt: str, prompt_ids: list[int], option: str) 
     return list(map(int, tokenizer(option, add_special_tokens=False)["input_ids"]))
 
 
-_Result = tuple[list[int], list[float], tuple[float, ...]]
+_Scored = tuple[float, float]  # an option's mean log-probability, and the share of its tokens that are the likeliest
+_Result = tuple[list[int], list[float], tuple[_Scored, ...]]
 
 
 class _Work:
     """What both kinds of model share: options, stopping and the greedy loop."""
 
-    def __init__(self, base: Base, jobs: Sequence[Job], prompts: list[list[int]], max_new_tokens: int) -> None:
+    def __init__(
+        self, base: Base, jobs: Sequence[Job], prompts: list[list[int]], max_new_tokens: int,
+        sampling: Sampling | None, whole: bool,
+    ) -> None:  # fmt: skip
         self.base, self.prompts, self.max_new = base, prompts, max_new_tokens
+        self.sampling, self.whole = sampling, whole
+        self.luck = (
+            torch.rand(len(jobs), max_new_tokens, generator=torch.Generator().manual_seed(sampling.seed))
+            if sampling
+            else None
+        )
         self.shared_seconds = 0.0
         self.options = [
             [option_ids(base.tokenizer, job.prompt, ids, option) for option in job.options]
@@ -199,13 +226,15 @@ class _Work:
     def longest_option(self, rows: Sequence[int]) -> int:
         return max((len(ids) for row in rows for ids in self.options[row]), default=0)
 
-    def score(self, rows: Sequence[int], first: Tensor, step: Callable[[Tensor, Tensor], Tensor]) -> list[list[float]]:
-        """Mean log-probabilities of each row's options.
+    def score(
+        self, rows: Sequence[int], first: Tensor, step: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[list[_Scored]]:
+        """Mean log-probability and share of arg-max tokens of each row's options.
 
         ``first`` (rows, vocabulary) are the logits after the prompt; ``step(ids, mask)`` gives those after each of
         ``ids`` (rows, n) and leaves the cache as it found it.
         """
-        scores: list[list[float]] = [[] for _ in rows]
+        scores: list[list[_Scored]] = [[] for _ in rows]
         for place in range(max((len(self.options[row]) for row in rows), default=0)):
             chosen = [self.options[row][place] if place < len(self.options[row]) else [] for row in rows]
             width = max(len(ids) for ids in chosen)
@@ -217,32 +246,33 @@ class _Work:
             if width > 1:
                 logits = torch.cat([logits, step(padded[:, :-1], mask[:, :-1])], dim=1)
             logprobs = logits.float().log_softmax(-1).gather(-1, padded[..., None])[..., 0] * mask
-            means = (logprobs.sum(1) / mask.sum(1).clamp(min=1)).tolist()
+            hits = (logits.argmax(-1) == padded) * mask
+            means, shares = ((part.sum(1) / mask.sum(1).clamp(min=1)).tolist() for part in (logprobs, hits))
             for index, ids in enumerate(chosen):
                 if ids:
-                    scores[index].append(means[index])
+                    scores[index].append((means[index], shares[index]))
         return scores
 
     def greedy(
-        self, rows: int, logits: Tensor, step: Callable[[Tensor], Tensor], keep: Callable[[Tensor], None]
+        self, rows: Sequence[int], logits: Tensor, step: Callable[[Tensor], Tensor], keep: Callable[[Tensor], None]
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """Greedy tokens and log-probabilities of each row.
+        """Greedy (or drawn) tokens of each row, and their log-probabilities.
 
         ``logits`` (rows, vocabulary) come after the prompt; ``step(ids)`` takes the newest token of each row still in
         the batch; ``keep(index)`` drops the other rows.
         """
-        tokens: list[list[int]] = [[] for _ in range(rows)]
-        logprobs: list[list[float]] = [[] for _ in range(rows)]
-        begun = [False] * rows
-        live = list(range(rows))  # the row behind each place in the batch
+        tokens: list[list[int]] = [[] for _ in rows]
+        logprobs: list[list[float]] = [[] for _ in rows]
+        begun = [self.whole] * len(rows)
+        live = list(range(len(rows)))  # the row behind each place in the batch
         finished: set[int] = set()
         ends = torch.tensor(sorted(self.ends), device=logits.device, dtype=torch.long)
         for position in range(self.max_new):
             scores = logits.float().log_softmax(-1)
             # An instruct model would often rather end at once; an empty answer says nothing about what it knows.
-            silent = torch.tensor([not begun[row] for row in live], device=logits.device)
+            silent = torch.tensor([self.whole or not begun[row] for row in live], device=logits.device)
             scores[silent[:, None] & torch.isin(torch.arange(scores.shape[1], device=logits.device), ends)] = -torch.inf
-            best, ids = scores.max(-1)
+            best, ids = self._choose(scores, [rows[row] for row in live], position)
             for row, token, logprob in zip(live, ids.tolist(), best.tolist(), strict=True):
                 if row in finished:
                     continue
@@ -253,7 +283,7 @@ class _Work:
                 tokens[row].append(token)
                 # A line break ends the answer once there is one; before, it is only a slow start.
                 begun[row] = begun[row] or token not in self.blanks
-                if token in self.line_ends and begun[row]:
+                if token in self.line_ends and begun[row] and not self.whole:
                     finished.add(row)
             left = [place for place, row in enumerate(live) if row not in finished]
             if not left or position == self.max_new - 1:
@@ -265,6 +295,16 @@ class _Work:
             logits = step(ids)
         return tokens, logprobs
 
+    def _choose(self, scores: Tensor, rows: Sequence[int], position: int) -> tuple[Tensor, Tensor]:
+        if self.sampling is None or self.luck is None:
+            best, ids = scores.max(-1)
+            return best, ids
+        likeliest, ids = scores.topk(self.sampling.top_k)
+        reached = likeliest.softmax(-1).cumsum(-1)
+        place = (reached < self.luck[rows, position, None].to(reached)).sum(-1, keepdim=True)
+        place = place.clamp(max=self.sampling.top_k - 1)
+        return likeliest.gather(-1, place)[:, 0], ids.gather(-1, place)[:, 0]
+
 
 class _Causal(_Work):
     """Decoder-only models: [shared beginning][padding][rest of the prompt][option or answer] in one cache."""
@@ -273,7 +313,7 @@ class _Causal(_Work):
         """Read what all prompts begin with, once."""
         began = time.perf_counter()
         # A sliding window counts columns, and the padding behind a shared beginning would use it up.
-        self.shared = 0 if _slides(self.base.model.config) else _common_length(self.prompts)
+        self.shared = 0 if slides(self.base.model.config) else _common_length(self.prompts)
         # Shapes come from a real forward, never from the configuration: where nothing is shared, of one token.
         ids = torch.tensor([self.prompts[0][: max(self.shared, 1)]], device=self.base.device)
         layers = [_Buffer(ids.shape[1]) for _ in self.base.parts.blocks]
@@ -332,7 +372,7 @@ class _Causal(_Work):
             for layer in cache.layers:
                 layer.keep(index)
 
-        tokens, logprobs = self.greedy(len(rows), logits, step, keep)
+        tokens, logprobs = self.greedy(rows, logits, step, keep)
         return [(t, lp, tuple(s)) for t, lp, s in zip(tokens, logprobs, scores, strict=True)]
 
     def _forward(self, ids: Tensor, mask: Tensor, places: Tensor, cache: Cache, *, last: bool = True) -> Tensor:
@@ -390,7 +430,7 @@ class _Seq2Seq(_Work):
             nonlocal written, hidden, mask
             written, hidden, mask = written[index], hidden[index], mask[index]
 
-        tokens, logprobs = self.greedy(len(rows), logits, step, keep)
+        tokens, logprobs = self.greedy(rows, logits, step, keep)
         return [(t, lp, tuple(s)) for t, lp, s in zip(tokens, logprobs, scores, strict=True)]
 
 
@@ -425,7 +465,8 @@ def _common_length(prompts: Sequence[list[int]]) -> int:
     return min(common, min(map(len, prompts)) - 1)
 
 
-def _slides(config: Any) -> bool:
+def slides(config: Any) -> bool:
+    """Whether a model's attention looks back over a window of columns only, so that padding uses the window up."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return any(kind != "full_attention" for kind in kinds)

@@ -19,7 +19,8 @@ class Block:
     """One transformer block.
 
     ``attention`` mixes positions (self-attention), ``attention_out`` is its output projection; ``mlp_out`` is the
-    MLP's output projection (d_ff -> d_model); ``cross_attention`` is there in the decoder blocks of seq2seq models.
+    MLP's output projection (d_ff -> d_model); ``cross_attention`` is there in the decoder blocks of seq2seq models;
+    ``mlp_norm`` is there where a norm comes between the MLP and the residual stream (Gemma 2 and 3).
     """
 
     module: nn.Module
@@ -27,6 +28,7 @@ class Block:
     attention_out: nn.Module
     mlp_out: nn.Module
     cross_attention: nn.Module | None = None
+    mlp_norm: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ class _Stack:
             raise _refusal("attention output projection", "no matrix in attention ends in the model's width")
         if mlp_out is None:
             raise _refusal("MLP output projection", "no matrix outside attention ends in the model's width")
+        mlp_norm = self._norm_after(calls, mlp_out)
         paths = {id(module): name for name, module in first.named_modules()}
 
         def in_block(block: nn.Module, part: nn.Module) -> nn.Module:
@@ -198,6 +201,7 @@ class _Stack:
                 attention_out=in_block(block, attention_out),
                 mlp_out=in_block(block, mlp_out),
                 cross_attention=None if cross is None else in_block(block, cross),
+                mlp_norm=None if mlp_norm is None else in_block(block, mlp_norm),
             )
             for block in self.modules
         )
@@ -213,6 +217,12 @@ class _Stack:
             if not moved_in and _moved(call.output, twin.output, start):
                 return call.module
         return None
+
+    def _norm_after(self, calls: Sequence[_Call], module: nn.Module) -> nn.Module | None:
+        """The norm that reads exactly what ``module`` gives, inside the block."""
+        given = next(call.output for call in calls if call.module is module)
+        norms = [call for call in calls if _is_norm(call, self.d_model) and call.inputs]
+        return next((call.module for call in norms if _same(call.inputs[0], given)), None)
 
     def _last_matrix(self, calls: Sequence[_Call], allowed: set[int]) -> nn.Module | None:
         matrices = [

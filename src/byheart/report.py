@@ -13,6 +13,7 @@ from byheart.storage import read_card, write_text
 if TYPE_CHECKING:
     from rich.table import Table
 
+_CONTROLS = ("closed", "context", "gold", "shuffled")
 # Questions shown side by side in the page; more would make it too heavy to open. answers.jsonl holds them all.
 MAX_SHOWN = 2_000
 _COLOURS = ("#2f6fde", "#d9742b", "#2a9d72", "#9b59b6", "#c0392b", "#7f8c8d", "#b8860b", "#16a2b8")
@@ -61,12 +62,27 @@ def summary_table(run: dict[str, Any]) -> Table:
 
 
 def remarks(run: dict[str, Any]) -> list[str]:
-    """What a reader must know to read the table right: questions that methods could not be asked."""
-    return [
-        f"{name}: {count} of {run['questions']['asked']} questions skipped: {reason}"
-        for name, method in run["methods"].items()
-        for reason, count in method["skipped"].items()
-    ]
+    """What a reader must know to read the table right: what methods could not take in, warn of, or be asked."""
+    found = []
+    for name, method in run["methods"].items():
+        asked = run["questions"]["asked"]
+        found += [f"{name}: {count} of {asked} questions skipped: {why}" for why, count in method["skipped"].items()]
+        found += [f"{name}: {count} facts left out: {why}" for why, count in method.get("left_out", {}).items()]
+        found += [f"{name}: {note}" for note in method.get("notes", [])]
+    return found
+
+
+def before_after(folder: Path) -> str | None:
+    """One question that a way of learning made right: what the model said before, and what it says now."""
+    before: dict[str, dict[str, Any]] = {}
+    for row in map(json.loads, (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()):
+        if row["method"] == "closed":
+            before[row["question"]] = row
+        elif row["method"] not in _CONTROLS and row["metrics"].get("em") == 1 and row["answers"]:
+            old = before.get(row["question"])
+            if old is not None and old["metrics"].get("em") == 0:
+                return f"{row['question_text']} before: {old['text']!r}, with {row['method']}: {row['text']!r}"
+    return None
 
 
 def write_report(folder: Path) -> Path:
@@ -75,17 +91,14 @@ def write_report(folder: Path) -> Path:
     Raises:
         DataError: where the folder holds no run.
     """
-    from jinja2 import Environment, PackageLoader, select_autoescape
-
     run = read_card(folder / "run.json", "methods", "pairs", "questions", "base", "ledger")
-    environment = Environment(loader=PackageLoader("byheart", "web"), autoescape=select_autoescape())
-    environment.filters |= {"share": share, "seconds": seconds, "size": size, "p": p_value}
     try:
         shown = _side_by_side(folder / "answers.jsonl")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / 'answers.jsonl'}: not the answers of a run ({error!r})") from None
     colours = {name: _COLOURS[n % len(_COLOURS)] for n, name in enumerate(run["methods"])}
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         run=run,
         headline=headline(run),
         quality=[c for c in QUALITY if _present(run, c[0])],
@@ -104,6 +117,28 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     write_text(path, page)
     return path
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of ``web/`` with its values filled in."""
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(loader=PackageLoader("byheart", "web"), autoescape=select_autoescape())
+    environment.filters |= {
+        "share": share, "seconds": seconds, "size": size, "p": p_value, "split_interval": split_interval
+    }  # fmt: skip
+    return environment.get_template(template).render(**values)
+
+
+def split_interval(cell: str) -> Any:
+    """A cell of a table with the interval behind its figure on a line of its own."""
+    from markupsafe import Markup, escape
+
+    value, bracket, interval = cell.partition(" [")
+    if not bracket:
+        return escape(cell)
+    low, _, high = interval.rstrip("]").partition(", ")
+    return Markup("{}<small>{} – {}</small>").format(value, low, high)
 
 
 def headline(run: dict[str, Any]) -> str:
@@ -263,7 +298,7 @@ def _dots(rows: list[dict[str, Any]], label: str, colours: dict[str, str], *, fa
         layered = layered.properties(width=340, height=24 * len(order)).facet(
             alt.Facet("kind:N", title=None), columns=2
         )
-    return _svg(layered)
+    return svg(layered)
 
 
 def _scatter(
@@ -295,7 +330,7 @@ def _scatter(
         for some, dy in ((rows[::2], -9), (rows[1::2], -23))
         if some
     ]
-    return _svg(alt.layer(limits, points, *names).properties(width=360, height=230))
+    return svg(alt.layer(limits, points, *names).properties(width=360, height=230))
 
 
 def _colour(colours: dict[str, str]) -> Any:
@@ -304,7 +339,8 @@ def _colour(colours: dict[str, str]) -> Any:
     return alt.Color("method:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=None)
 
 
-def _svg(chart: Any) -> str:
+def svg(chart: Any) -> str:
+    """A chart as SVG that reads on the page's light and dark ground alike."""
     import vl_convert
 
     # Grey reads on the page's light and dark ground alike.

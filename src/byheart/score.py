@@ -165,3 +165,38 @@ def _resampled_means(values: NDArray[np.float64], resamples: int, seed: int) -> 
         for start in range(0, resamples, step)
     ]
     return np.concatenate(means)
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """n / Σ 1/v; 0 where a value is 0 (MEMIT's score S of ES, PS and NS)."""
+    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+
+
+def generation_entropy(text: str) -> float:
+    """GE: (2/3 · H₂ + 4/3 · H₃) / 2 of the text's word n-grams, in bits, times 100 (Meng et al. 2022).
+
+    Low where a model repeats itself.
+    """
+    words = text.split()
+    return 100 * (2 / 3 * _ngram_entropy(words, 2) + 4 / 3 * _ngram_entropy(words, 3)) / 2
+
+
+def _ngram_entropy(words: Sequence[str], n: int) -> float:
+    counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
+    total = sum(counts.values())
+    return -sum(c / total * math.log2(c / total) for c in counts.values()) if total else 0.0
+
+
+def reference_score(text: str, references: Sequence[str]) -> float:
+    """RS: cosine of TF-IDF vectors of the text and all references together, times 100 (Meng et al. 2022).
+
+    Document frequencies come from the references, so that words common to all of them weigh little.
+    """
+    documents = [Counter(normalize(one).split()) for one in references]
+    frequency = Counter(word for document in documents for word in document)
+    weight = {word: math.log((1 + len(documents)) / (1 + n)) + 1 for word, n in frequency.items()}
+    new = math.log(1 + len(documents)) + 1
+    ours = {word: n * weight.get(word, new) for word, n in Counter(normalize(text).split()).items()}
+    theirs = {word: n * weight[word] for word, n in sum(documents, Counter[str]()).items()}
+    length = math.sqrt(sum(v * v for v in ours.values()) * sum(v * v for v in theirs.values()))
+    return 100 * sum(v * theirs.get(word, 0.0) for word, v in ours.items()) / length if length else 0.0

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from byheart.errors import DataError
 
 Observer = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -22,3 +25,89 @@ def observed(modules: Iterable[nn.Module], see: Observer) -> Iterator[None]:
         for module in modules:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
+
+
+class _Enough(Exception):  # noqa: N818 (no error: it ends a forward that has done what it should)
+    """Ends a forward from inside."""
+
+
+@contextmanager
+def stopped_at(module: nn.Module) -> Iterator[None]:
+    """End the block quietly as soon as ``module`` is called: what comes after it in a forward is not wanted."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Enough
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        yield
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def changed(deltas: Iterable[tuple[nn.Module, Tensor]]) -> Iterator[None]:
+    """Add to the matrices of linear modules for the length of the block.
+
+    The old weights are put aside and put back, never subtracted from: bf16 would not give the same bits again.
+
+    Args:
+        deltas: modules with what is added, (out features, in features) each, whichever way a module keeps its own.
+    """
+    with ExitStack() as stack:
+        for module, delta in deltas:
+            add_to(module, delta, stack)
+        yield
+
+
+def add_to(module: nn.Module, delta: Tensor, stack: ExitStack) -> None:
+    """Add ``delta`` (out, in) to a linear module's matrix until ``stack`` closes; see :func:`changed`."""
+    weight: Any = module.weight
+    old = weight.data
+    added = delta if out_first(module) else delta.T
+    wide = torch.float64 if old.dtype == torch.float64 else torch.float32
+    weight.data = (old.to(wide) + added.to(old.device, wide)).to(old.dtype)
+
+    def restore() -> None:
+        weight.data = old
+
+    stack.callback(restore)
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """A linear module's matrix as (out features, in features), a view of its weights."""
+    weight: Any = module.weight
+    return weight.data if out_first(module) else weight.data.T  # type: ignore[no-any-return]
+
+
+def out_first(module: nn.Module) -> bool:
+    """Whether a linear module keeps its matrix as (out, in), like ``nn.Linear``, or as (in, out), like GPT-2's.
+
+    Raises:
+        DataError: where it is neither.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return True
+    if isinstance(module, Conv1D):
+        return False
+    raise DataError(f"byheart cannot change a matrix kept as {type(module).__name__}")
+
+
+@contextmanager
+def altered(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let ``change`` replace what ``module`` gives (the first of several, where it gives a tuple)."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, (tuple, list)):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -14,9 +14,15 @@ METHODS = {
     "context": "byheart.methods.controls:Context",
     "gold": "byheart.methods.controls:Gold",
     "shuffled": "byheart.methods.controls:Shuffled",
+    "edit": "byheart.methods.edit.method:Edit",
+    "ft": "byheart.methods.edit.baselines:FineTuned",
+    "ft-w": "byheart.methods.edit.baselines:DecayedFineTuned",
+    "rome": "byheart.methods.edit.baselines:Rome",
 }
+# Other ways to edit, to hold `edit` against; "all" leaves them out.
+BASELINES = ("ft", "ft-w", "rome")
 
-__all__ = ["METHODS", "Answer", "LearnReport", "Method", "Settings", "method_class", "parse_methods"]
+__all__ = ["BASELINES", "METHODS", "Answer", "LearnReport", "Method", "Settings", "method_class", "parse_methods"]
 
 
 def method_class(name: str) -> type[Method]:
@@ -32,12 +38,13 @@ def method_class(name: str) -> type[Method]:
 
 
 def parse_methods(text: str) -> list[str]:
-    """The method names in ``"a,b"`` or ``"all"``, each once, in the order given.
+    """The method names in ``"a,b"``, each once, in the order given; ``"all"`` is all but :data:`BASELINES`.
 
     Raises:
         UsageError: where one does not exist, or none is named.
     """
-    names = list(METHODS) if text.strip() == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    every = [name for name in METHODS if name not in BASELINES]
+    names = every if text.strip() == "all" else [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise UsageError("--methods: names no method")
     for name in names:

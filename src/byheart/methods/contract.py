@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from byheart.base import Base
+from byheart.errors import UsageError
 from byheart.ledger import Change, Ledger
 from byheart.retrieve import MODES, Mode
-from byheart.rows import Question
+from byheart.rows import Kind, Question
 from byheart.segment import DEFAULT, Passage
+
+OptionsT = TypeVar("OptionsT")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Settings:
         chat: whether the prompt goes through the model's chat template.
         max_new_tokens: the longest answer.
         seed: what everything random is drawn from.
+        options: of single methods, as ``"edit.layers": "3-7"``.
     """
 
     encoder: str = "minilm"
@@ -38,10 +43,47 @@ class Settings:
     chat: bool = False
     max_new_tokens: int = 24
     seed: int = 0
+    options: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return asdict(self)
+
+
+def parse_options(kind: type[OptionsT], method: str, given: Mapping[str, str]) -> OptionsT:
+    """A dataclass of a method's options from ``"method.name": "value"`` texts; what is not given keeps its default.
+
+    Raises:
+        UsageError: where an option does not exist, or its value cannot be read.
+    """
+    kinds = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, text in given.items():
+        owner, _, name = key.partition(".")
+        if owner != method:
+            continue
+        if name not in kinds:
+            raise UsageError(f"--set {key}: {method} has no such option; it has {', '.join(kinds)}")
+        values[name] = _parsed(kinds[name], key, text)
+    return kind(**values)
+
+
+def _parsed(kind: Any, key: str, text: str) -> Any:
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            raise UsageError(f"--set {key}={text}: must be one of {', '.join(get_args(kind))}")
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+            raise UsageError(f"--set {key}={text}: must be true or false")
+        return text.lower() in ("true", "yes", "1")
+    try:
+        value = kind(text)
+    except ValueError:
+        raise UsageError(f"--set {key}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
+    if kind in (int, float) and not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"--set {key}={text}: must be a number of at least 0")
+    return value
 
 
 @dataclass(frozen=True)
@@ -53,6 +95,7 @@ class LearnReport:
         bytes: what is stored because of it.
         documents, facts: how many were taken in.
         skipped: reasons with counts, for rows that the method cannot use.
+        notes: sentences for the person: what was noticed on the way.
     """
 
     seconds: float = 0.0
@@ -60,6 +103,7 @@ class LearnReport:
     documents: int = 0
     facts: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +148,8 @@ class Method(Protocol):
     """
 
     name: str
+    # The kind of row that learning counts.
+    learns: Kind
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None: ...
 

@@ -22,7 +22,7 @@ from byheart.methods.contract import Answer, LearnReport, Progress, Settings
 from byheart.methods.reading import read
 from byheart.prompt import Example, PromptFormat, choose_examples
 from byheart.retrieve import Retriever, follow, index_ledger, searchable
-from byheart.rows import Question
+from byheart.rows import Kind, Question
 from byheart.score import contains
 from byheart.segment import Passage
 from byheart.storage import check_replaceable, new_folder, read_card, write_json
@@ -37,6 +37,7 @@ class _Control:
     """What the controls share: the prompt format with its examples, and nothing changed in the model."""
 
     name: ClassVar[str]
+    learns: ClassVar[Kind] = "document"
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         self.base, self.settings, self.work = base, settings, work

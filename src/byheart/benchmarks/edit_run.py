@@ -1,0 +1,316 @@
+"""Run an editing benchmark: learn the cases' facts with each method, then score every probe, after all edits."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from byheart import __version__
+from byheart.base import Base
+from byheart.benchmarks.editing import Case, Probe
+from byheart.compare import base_record, machine
+from byheart.decode import Job, Sampling, complete
+from byheart.ledger import Ledger
+from byheart.methods import LearnReport, Method, Settings, method_class
+from byheart.perplexity import perplexity
+from byheart.progress import Silent
+from byheart.score import (
+    RESAMPLES,
+    contains,
+    generation_entropy,
+    harmonic_mean,
+    mean_interval,
+    normalize,
+    paired_difference,
+    reference_score,
+)
+from byheart.storage import write_json, write_text
+
+UNEDITED = "closed"
+ANSWER_TOKENS = 16
+PERPLEXITY_TOKENS = 8_192
+TEXT_TOKENS = 100
+_TOP_K = 5
+# A probe's kind and its metric's name: where there is a rival, as CounterFact scores it; where there is none, as zsRE.
+_SUCCESS = {"edit": "es", "paraphrase": "ps", "neighbourhood": "ns"}
+_OVERLAP = {
+    "edit": "efficacy",
+    "paraphrase": "paraphrase",
+    "neighbourhood": "specificity",
+    "portability": "portability",
+}
+PAIRED = ("es", "ps", "ns", "efficacy", "paraphrase", "specificity", "portability", "generated", "ge")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run measures besides the main figure.
+
+    Attributes:
+        sizes: numbers of edits for the scaling curve; each learns that many facts at once.
+        sets: batches learnt and scored one by one (same-subject batches, say), by name.
+        extra: further cases, by name, each group learnt at once and scored as a group of its own.
+        texts: prompts a case to write on from, for GE and RS; 0: none.
+        rows: token rows of ordinary text for perplexity.
+    """
+
+    sizes: tuple[int, ...] = ()
+    sets: tuple[tuple[str, list[list[Case]]], ...] = ()
+    texts: int = 1
+    rows: tuple[tuple[int, ...], ...] = ()
+
+
+def run_editing(
+    title: str, base: Base, cases: Sequence[Case], methods: Sequence[str], out: Path, settings: Settings, plan: Plan,
+    *, origin: dict[str, Any] | None = None, progress: Silent | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Edit in all cases' facts with each method, score all probes, and write ``run.json`` and ``answers.jsonl``.
+
+    The unedited model is scored first, whatever ``methods`` says: no figure of an edit means anything without it.
+
+    Returns:
+        The content of ``run.json``.
+    """
+    show = progress or Silent()
+    out.mkdir(parents=True, exist_ok=True)
+    run: dict[str, Any] = {
+        "byheart": __version__,
+        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "command": ["byheart", *sys.argv[1:]],
+        "benchmark": title,
+        "origin": origin or {},
+        "base": base_record(base),
+        "settings": settings.to_dict(),
+        "edits": len(cases),
+        "machine": machine(),
+        "methods": {},
+    }
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name in [UNEDITED, *(m for m in methods if m != UNEDITED)]:
+        method, report = None, LearnReport()
+        if name != UNEDITED:
+            method, report = _learnt(name, base, cases, out, settings, show)
+        with _attached(method):
+            rows[name] = score_cases(base, cases, settings.seed, plan.texts, show, name)
+            after = perplexity(base, plan.rows) if plan.rows else None
+        run["methods"][name] = summarise(rows[name], report, settings.seed) | {"perplexity": after}
+        if any(case.group for case in cases):
+            run["methods"][name]["by_group"] = by_group(cases, rows[name], settings.seed)
+        _drift(run["methods"], name)
+        if name != UNEDITED:
+            run["methods"][name]["skipped_facts"] = getattr(method, "skipped", {})
+            _extras(run["methods"][name], name, base, cases, out, settings, plan, show)
+        write_json(out / "run.json", run)  # what is done is kept, whatever comes next
+    run["pairs"] = _pairs(rows, settings.seed)
+    run["unmeasured"] = [] if any(case.references for case in cases) else ["rs: no reference texts were given"]
+    write_json(out / "run.json", run)
+    lines = (
+        json.dumps({"method": name, "case": case.fact.id, "group": case.group} | row, ensure_ascii=False) + "\n"
+        for name, found in rows.items()
+        for case, row in zip(cases, found, strict=True)
+    )
+    write_text(out / "answers.jsonl", "".join(lines))
+    return run
+
+
+def _learnt(
+    name: str, base: Base, cases: Sequence[Case], out: Path, settings: Settings, show: Silent
+) -> tuple[Method, LearnReport]:
+    path = out / "edits.db"
+    for old in out.glob("edits.db*"):
+        old.unlink()
+    with Ledger(path, create=True) as ledger:
+        ledger.insert([case.fact for case in cases], source="benchmark")
+        method = method_class(name)(base, settings, out)
+        with show.bar(f"{name}: facts", len(cases)) as tick:
+            report = method.learn(ledger, tick)
+    return method, report
+
+
+def _attached(method: Method | None) -> AbstractContextManager[None]:
+    return nullcontext() if method is None else method.attached()
+
+
+def _drift(methods: dict[str, Any], name: str) -> None:
+    before, after = methods[UNEDITED]["perplexity"], methods[name]["perplexity"]
+    if before and after:
+        methods[name]["metrics"]["perplexity_drift"] = after / before - 1
+
+
+def _extras(
+    entry: dict[str, Any], name: str, base: Base, cases: Sequence[Case], out: Path, settings: Settings, plan: Plan,
+    show: Silent,
+) -> None:  # fmt: skip
+    """The scaling curve, and the sets that are learnt apart."""
+    entry["curve"] = []
+    for size in plan.sizes:
+        batches = [list(cases[start : start + size]) for start in range(0, len(cases), size)]
+        whole = [batch for batch in batches if len(batch) == size][: max(1, 50 // size)]
+        if not whole:
+            continue
+        found, rise = _in_batches(name, base, whole, out, settings, plan, show)
+        entry["curve"].append(
+            {"edits": size, "batches": len(whole), "perplexity_drift": rise}
+            | summarise(found, LearnReport(), settings.seed)
+        )
+    entry["sets"] = {}
+    for label, batches in plan.sets:
+        found, rise = _in_batches(name, base, batches, out, settings, plan, show)
+        entry["sets"][label] = {"batches": len(batches), "perplexity_drift": rise} | summarise(
+            found, LearnReport(), settings.seed
+        )
+
+
+def _in_batches(
+    name: str, base: Base, batches: Sequence[list[Case]], out: Path, settings: Settings, plan: Plan, show: Silent
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Each batch learnt by itself and scored; the mean rise of perplexity over the first few."""
+    rows: list[dict[str, Any]] = []
+    rises = []
+    before = perplexity(base, plan.rows) if plan.rows else None
+    for number, batch in enumerate(batches):
+        method, _ = _learnt(name, base, batch, out, settings, show)
+        with method.attached():
+            rows += score_cases(base, batch, settings.seed, 0, show, name)
+            if before is not None and number < 3:
+                rises.append(perplexity(base, plan.rows) / before - 1)
+    return rows, sum(rises) / len(rises) if rises else None
+
+
+# -- scoring -------------------------------------------------------------------------------------------------
+
+
+def score_cases(
+    base: Base, cases: Sequence[Case], seed: int, texts: int, show: Silent, label: str
+) -> list[dict[str, Any]]:
+    """Each case's metrics, with what the model wrote after the edit prompt and its paraphrases."""
+    probes = [(n, probe) for n, case in enumerate(cases) for probe in case.probes]
+    jobs = [Job(p.prompt, tuple(f" {text}" for text in (p.wanted, p.rival) if text is not None)) for _, p in probes]
+    with show.bar(f"{label}: probes", len(jobs)) as tick:
+        scored = complete(base, jobs, max_new_tokens=0, on_done=tick)
+    asked = [(n, probe) for n, probe in probes if probe.kind in ("edit", "paraphrase")]
+    with show.bar(f"{label}: generated answers", len(asked)) as tick:
+        written = complete(base, [Job(p.prompt) for _, p in asked], max_new_tokens=ANSWER_TOKENS, on_done=tick)
+    values: list[dict[str, list[float]]] = [{} for _ in cases]
+    for (n, probe), done in zip(probes, scored, strict=True):
+        for name, value in _probe_metrics(probe, done.options, done.hits):
+            values[n].setdefault(name, []).append(value)
+    answers: list[list[str]] = [[] for _ in cases]
+    for (n, probe), done in zip(asked, written, strict=True):
+        suffix = "" if probe.kind == "edit" else "_paraphrase"
+        begins = (normalize(done.text) + " ").startswith(normalize(probe.wanted) + " ")
+        values[n].setdefault(f"generated{suffix}", []).append(float(begins))
+        values[n].setdefault(f"generated_contains{suffix}", []).append(contains(done.text, [probe.wanted]))
+        answers[n].append(done.text)
+    for n, name, value in _text_metrics(base, cases, seed, texts, show, label):
+        values[n].setdefault(name, []).append(value)
+    return [
+        {"metrics": {name: sum(v) / len(v) for name, v in row.items()}, "generated": said}
+        for row, said in zip(values, answers, strict=True)
+    ]
+
+
+def _probe_metrics(probe: Probe, options: tuple[float, ...], hits: tuple[float, ...]) -> Iterator[tuple[str, float]]:
+    if probe.rival is None:
+        name = _OVERLAP[probe.kind]
+        yield name, hits[0]
+        yield f"{name}_exact", float(hits[0] == 1)
+        yield f"{name}_probability", math.exp(options[0])
+        return
+    name = _SUCCESS[probe.kind]
+    wanted, rival = (math.exp(one) for one in options)
+    yield name, float(wanted > rival)
+    yield f"{name}_magnitude", wanted - rival
+    yield f"{name}_accuracy", float(hits[0] == 1)
+
+
+def _text_metrics(
+    base: Base, cases: Sequence[Case], seed: int, texts: int, show: Silent, label: str
+) -> Iterator[tuple[int, str, float]]:
+    prompts = [(n, prompt) for n, case in enumerate(cases) for prompt in case.generate[:texts]]
+    if not prompts:
+        return
+    with show.bar(f"{label}: texts", len(prompts)) as tick:
+        jobs = [Job(prompt) for _, prompt in prompts]
+        done = complete(
+            base, jobs, max_new_tokens=TEXT_TOKENS, sampling=Sampling(_TOP_K, seed), whole=True, on_done=tick
+        )
+    for (n, prompt), one in zip(prompts, done, strict=True):
+        text = prompt + one.text
+        yield n, "ge", generation_entropy(text)
+        if cases[n].references:
+            yield n, "rs", reference_score(text, cases[n].references)
+
+
+def summarise(rows: Sequence[dict[str, Any]], report: LearnReport, seed: int) -> dict[str, Any]:
+    """Means over cases with 95 % intervals; ``s`` is the harmonic mean of ``es``, ``ps`` and ``ns``."""
+    metrics, intervals = _means([row["metrics"] for row in rows], seed)
+    return {
+        "metrics": metrics,
+        "intervals": intervals,
+        "cases": len(rows),
+        "write_seconds": report.seconds,
+        "bytes": report.bytes,
+        "facts": report.facts,
+        "skipped": report.skipped,
+        "notes": list(report.notes),
+    }
+
+
+def by_group(cases: Sequence[Case], rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Metrics a relation, those of most cases first."""
+    counts = Counter(case.group for case in cases)
+    found = {}
+    for group, count in counts.most_common():
+        metrics, intervals = _means(
+            [row["metrics"] for case, row in zip(cases, rows, strict=True) if case.group == group], seed
+        )
+        found[group] = {"cases": count, "metrics": metrics, "intervals": intervals}
+    return found
+
+
+def _means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [row[name] for row in rows if name in row] for name in names}
+    metrics = {name: sum(values) / len(values) for name, values in columns.items()}
+    intervals = {name: list(mean_interval(values, seed=seed)) for name, values in columns.items()}
+    if all(name in columns for name in ("es", "ps", "ns")):
+        metrics["s"] = harmonic_mean([metrics[name] for name in ("es", "ps", "ns")])
+        intervals["s"] = _s_interval(rows, seed)
+    return metrics, intervals
+
+
+def _s_interval(rows: Sequence[dict[str, float]], seed: int) -> list[float]:
+    table = np.array([[row[name] for name in ("es", "ps", "ns")] for row in rows if {"es", "ps", "ns"} <= row.keys()])
+    generator = np.random.default_rng(seed)
+    draws = [table[generator.integers(0, len(table), len(table))].mean(0) for _ in range(RESAMPLES // 10)]
+    return [float(v) for v in np.quantile([harmonic_mean(draw.tolist()) for draw in draws], [0.025, 0.975])]
+
+
+def _pairs(rows: dict[str, list[dict[str, Any]]], seed: int) -> list[dict[str, Any]]:
+    """Each method against the unedited model, case by case."""
+    found = []
+    for name in rows:
+        for metric in PAIRED if name != UNEDITED else ():
+            both = [
+                (a["metrics"][metric], b["metrics"][metric])
+                for a, b in zip(rows[name], rows[UNEDITED], strict=True)
+                if metric in a["metrics"] and metric in b["metrics"]
+            ]
+            if both:
+                difference, interval = paired_difference([a for a, _ in both], [b for _, b in both], seed=seed)
+                found.append(
+                    {"method": name, "against": UNEDITED, "metric": metric, "cases": len(both)}
+                    | {"difference": difference, "interval": list(interval)}
+                )
+    return found

@@ -1,0 +1,172 @@
+"""Editing benchmarks: CounterFact and zsRE from their files, as facts to edit in and probes to score afterwards."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from byheart.errors import DataError
+from byheart.formats import read_objects
+from byheart.rows import SUBJECT_PLACE, Fact
+
+ProbeKind = Literal["edit", "paraphrase", "neighbourhood", "portability"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt with what is scored behind it: the wanted continuation first, then, where there is one, its rival.
+
+    The wanted one is the new object for ``edit`` and ``paraphrase``; for ``neighbourhood`` it is the true one, which
+    must not move; for ``portability`` what follows from the new object.
+    """
+
+    kind: ProbeKind
+    prompt: str
+    wanted: str
+    rival: str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One record: the fact to edit in, the probes of what became of it, prompts to write on from, and its group.
+
+    ``group`` is the relation, or the kind of source; ``references`` are texts about the new object (for RS).
+    """
+
+    fact: Fact
+    probes: tuple[Probe, ...]
+    group: str = ""
+    generate: tuple[str, ...] = ()
+    references: tuple[str, ...] = field(default=())
+
+
+def counterfact(data: Path, references: Path | None = None) -> list[Case]:
+    """CounterFact (Meng et al. 2022): JSON lines in the published nesting; a folder is searched for the full records.
+
+    Args:
+        references: JSON lines of ``{"object": ..., "texts": [...]}``: what texts about an object say, for RS.
+
+    Raises:
+        DataError: names file, line and reason.
+    """
+    path = _file(data, ("counterfact_full.jsonl", "counterfact.jsonl", "counterfact.json"))
+    texts = (
+        {}
+        if references is None
+        else {str(r["object"]): tuple(r["texts"]) for _, r in read_objects(references, ("object", "texts"))}
+    )
+    return [_counterfact_case(path, number, row, texts) for number, row in read_objects(path, ("requested_rewrite",))]
+
+
+def _counterfact_case(path: Path, number: int, row: dict[str, Any], texts: dict[str, tuple[str, ...]]) -> Case:
+    try:
+        edit = row["requested_rewrite"]
+        new, true = edit["target_new"]["str"], edit["target_true"]["str"]
+        fact = _fact(path, number, f"cf-{row['case_id']}", edit["subject"], edit["prompt"], new, true)
+        probes = [Probe("edit", fact.filled(), new, true)]
+        probes += [Probe("paraphrase", prompt, new, true) for prompt in row.get("paraphrase_prompts", [])]
+        probes += [Probe("neighbourhood", prompt, true, new) for prompt in row.get("neighborhood_prompts", [])]
+        return Case(
+            fact,
+            tuple(probes),
+            edit.get("relation_id") or "",
+            tuple(dict.fromkeys(row.get("generation_prompts", []))),
+            texts.get(new, ()),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}:{number}: not a CounterFact record ({error!r})") from None
+
+
+def zsre(data: Path) -> list[Case]:
+    """zsRE as used for editing (Mitchell et al. 2022; with portability, Yao et al. 2023): JSON lines.
+
+    Raises:
+        DataError: names file, line and reason.
+    """
+    path = _file(data, ("zsre_eval.jsonl", "zsre_mend_eval.json", "zsre.jsonl"))
+    return [_zsre_case(path, number, row) for number, row in read_objects(path, ("subject", "src", "alt"))]
+
+
+def _zsre_case(path: Path, number: int, row: dict[str, Any]) -> Case:
+    try:
+        subject, question = str(row["subject"]), str(row["src"])
+        if subject not in question:
+            raise DataError(f"{path}:{number}: the question does not hold its subject {subject!r}")
+        prompt = question.replace("{", "(").replace("}", ")").replace(subject, SUBJECT_PLACE, 1)
+        fact = _fact(path, number, f"zsre-{number}", subject, prompt, str(row["alt"]), None)
+        probes = [Probe("edit", fact.filled(), fact.object)]
+        if row.get("rephrase"):
+            probes.append(Probe("paraphrase", row["rephrase"], fact.object))
+        if row.get("loc") and row.get("loc_ans"):
+            # The published prompt: the question behind its mark, with a question mark.
+            probes.append(Probe("neighbourhood", row["loc"] + "?", row["loc_ans"]))
+        port = row.get("portability") or {}
+        if port.get("New Question") and port.get("New Answer"):
+            probes.append(Probe("portability", port["New Question"], port["New Answer"]))
+        return Case(fact, tuple(probes))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}:{number}: not a zsRE record ({error!r})") from None
+
+
+def question_cases(path: Path) -> list[Case]:
+    """Edits taken from documents' questions: a question that names its document's title, and its first answer.
+
+    Reads JSON lines with ``title``, ``question`` and ``answers`` (SQuAD's form flattened, or a ledger's questions
+    joined with their pages). Questions that do not name their title have no subject to edit and are left out.
+    """
+    found = []
+    for number, row in read_objects(path, ("title", "question")):
+        title, answers = str(row["title"]).replace("_", " "), row.get("answers") or []
+        answers = answers.get("text", []) if isinstance(answers, dict) else answers
+        question = str(row["question"]).strip()
+        if title and answers and title in question and SUBJECT_PLACE not in question:
+            prompt = question.replace(title, SUBJECT_PLACE, 1)
+            fact = _fact(path, number, f"question-{number}", title, prompt, str(answers[0]), None)
+            found.append(Case(fact, (Probe("edit", fact.filled(), fact.object),), "questions"))
+    return found
+
+
+def same_subject(cases: Sequence[Case], size: int, sets: int, seed: int) -> list[list[Case]]:
+    """Batches of ``size`` facts about one subject, made from the records' own subjects, relations and new objects.
+
+    Each takes the subject of one record and the prompts and new objects of records with other relations
+    (MEMIT-Merge; Dong et al. 2025).
+    """
+    draw = random.Random(seed)
+    by_relation: dict[str, list[Case]] = {}
+    for case in cases:
+        by_relation.setdefault(case.group or case.fact.prompt, []).append(case)
+    relations = sorted(by_relation)
+    made = []
+    for owner in draw.sample(list(cases), min(sets, len(cases))):
+        subject = owner.fact.subject
+        batch = []
+        for relation in draw.sample(relations, min(size, len(relations))):
+            case = draw.choice(by_relation[relation])
+            fact = case.fact.model_copy(update={"id": f"{owner.fact.id}-{case.fact.id}", "subject": subject})
+            batch.append(
+                Case(fact, (Probe("edit", fact.filled(), fact.object, case.fact.former_object),), "same subject")
+            )
+        made.append(batch)
+    return made
+
+
+def _fact(path: Path, number: int, id: str, subject: str, prompt: str, new: str, true: str | None) -> Fact:
+    try:
+        return Fact(id=id, subject=subject, prompt=prompt, object=new, former_object=true)
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: {str(error).splitlines()[2].strip()}") from None
+
+
+def _file(data: Path, names: Iterable[str]) -> Path:
+    if not data.exists():
+        raise DataError(f"--data {data}: no such file or folder")
+    if data.is_file():
+        return data
+    found = next((data / name for name in names if (data / name).is_file()), None)
+    if found is None:
+        raise DataError(f"--data {data}: holds none of {', '.join(names)}; name the file")
+    return found

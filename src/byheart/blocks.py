@@ -1,0 +1,147 @@
+"""Run a stretch of a model's blocks again and again on other hidden states, with the arguments of one real forward."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from byheart.base import Base
+from byheart.surgery import stopped_at
+
+
+class Frozen(DynamicLayer):  # type: ignore[misc]
+    """A layer's keys and values that are read and never added to: a forward leaves them as they were."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = keys, values
+
+    def update(  # noqa: D102 (transformers' own)
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+    def take(self, rows: Tensor) -> Frozen:
+        """The same of some rows."""
+        return Frozen(self.keys[rows], self.values[rows])
+
+
+class _Grown(DynamicLayer):  # type: ignore[misc]
+    """A layer that begins with keys and values that are there already."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = keys, values
+
+
+def read_context(base: Base, ids: Tensor, mask: Tensor, places: Tensor, before: Cache | None = None) -> Cache:
+    """The keys and values of all blocks over left-padded ``ids`` (rows, n), frozen.
+
+    Args:
+        before: those of the columns before, of the same rows; ``mask`` covers them too.
+    """
+    # Plain layers, not the model's own choice: those of sliding windows would drop columns.
+    if before is None:
+        cache = Cache(layers=[DynamicLayer() for _ in base.parts.blocks])
+    else:
+        cache = Cache(layers=[_Grown(layer.keys, layer.values) for layer in before.layers])
+    with torch.no_grad():
+        base.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=torch.tensor([ids.shape[1] - 1], device=ids.device),
+        )
+    return Cache(layers=[Frozen(layer.keys, layer.values) for layer in cache.layers])
+
+
+def take_rows(cache: Cache, rows: Tensor) -> Cache:
+    """Some rows of a frozen cache, each as often as it is named."""
+    return Cache(layers=[layer.take(rows) for layer in cache.layers])
+
+
+class Stretch:
+    """The calls that one forward made to the blocks ``first`` to ``last``, ready to be made again.
+
+    A model's forward prepares masks, positions and rotations in its own way; its blocks are called here with exactly
+    what it prepared, so nothing about any architecture needs to be known.
+
+    Attributes:
+        hidden: what block ``first`` was given, (rows, n, d_model).
+    """
+
+    def __init__(
+        self, base: Base, ids: Tensor, mask: Tensor, places: Tensor, first: int, last: int, cache: Cache | None = None
+    ) -> None:
+        """Read ``ids`` (rows, n); ``mask`` covers the columns of ``cache`` too, ``places`` are position ids."""
+        self.parts, self.first, self.last = base.parts, first, last
+        self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        found: list[Tensor] = []
+        handles = []
+
+        def keeper(number: int) -> Any:
+            def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                kwargs = dict(kwargs)
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                if number == first:
+                    found.append(hidden)
+                self._calls[number] = (args[1:], kwargs)
+
+            return keep
+
+        blocks = base.parts.blocks
+        try:
+            for number in range(first, last + 1):
+                handles.append(blocks[number].module.register_forward_pre_hook(keeper(number), with_kwargs=True))
+            with torch.no_grad(), stopped_at(blocks[last].module):
+                base.model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=places,
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                )
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.hidden = found[0]
+
+    def run(self, hidden: Tensor, first: int, last: int) -> Tensor:
+        """The output of block ``last`` for ``hidden`` (rows, n, d_model) at the input of block ``first``."""
+        for number in range(first, last + 1):
+            args, kwargs = self._calls[number]
+            out = self.parts.blocks[number].module(hidden, *args, **kwargs)
+            hidden = out[0] if isinstance(out, (tuple, list)) else out
+        return hidden
+
+    def take(self, rows: Tensor) -> Self:
+        """The same calls for some of the rows."""
+        count = len(self.hidden)
+        caches: dict[int, Cache] = {}
+
+        def taken(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[rows] if value.ndim and len(value) == count else value
+            if isinstance(value, tuple):
+                return tuple(taken(one) for one in value)
+            if isinstance(value, Cache):
+                if id(value) not in caches:
+                    caches[id(value)] = take_rows(value, rows)
+                return caches[id(value)]
+            return value
+
+        other = object.__new__(type(self))
+        other.parts, other.first, other.last = self.parts, self.first, self.last
+        other.hidden = self.hidden[rows]
+        other._calls = {
+            number: (taken(args), {name: taken(value) for name, value in kwargs.items()})
+            for number, (args, kwargs) in self._calls.items()
+        }
+        return other

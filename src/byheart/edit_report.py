@@ -1,0 +1,249 @@
+"""An editing run and a causal trace as tables, pictures and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from byheart.report import render, svg
+from byheart.storage import read_card, read_json, write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Metric, heading, and whether it is a share: what a table shows where the run has it.
+MAIN = (
+    ("es", "ES"),
+    ("ps", "PS"),
+    ("ns", "NS"),
+    ("s", "S"),
+    ("es_magnitude", "ES mag."),
+    ("ps_magnitude", "PS mag."),
+    ("ns_magnitude", "NS mag."),
+    ("es_accuracy", "ES acc."),
+    ("ps_accuracy", "PS acc."),
+    ("ns_accuracy", "NS acc."),
+    ("efficacy", "efficacy"),
+    ("paraphrase", "paraphrase"),
+    ("specificity", "specificity"),
+    ("portability", "portability"),
+    ("generated", "said"),
+    ("generated_paraphrase", "said, paraphrase"),
+    ("ge", "GE"),
+    ("rs", "RS"),
+    ("perplexity_drift", "perplexity"),
+)
+_SHORT = ("es", "ps", "ns", "s", "efficacy", "paraphrase", "specificity", "generated", "perplexity_drift")
+# Relations with fewer records say too little by themselves.
+_LEAST = 3
+
+
+def tables(run: dict[str, Any]) -> Iterator[Table]:
+    """The run's tables, for a terminal."""
+    for title, head, rows in grids(run):
+        yield _table(title, head, rows)
+
+
+def grids(run: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of each table, as texts."""
+    methods = run["methods"]
+    shown = [(key, label) for key, label in MAIN if any(key in m["metrics"] for m in methods.values())]
+    yield (
+        f"{run['benchmark']}: {run['edits']} edits at once, {run['base']['name']}; scored after all edits",
+        ["", *methods],
+        [[label, *(_cell(m, key) for m in methods.values())] for key, label in shown]
+        + [["seconds to write", *(f"{m['write_seconds']:.1f}" if m["facts"] else "-" for m in methods.values())]],
+    )
+    if run.get("pairs"):
+        names = [name for name in methods if name != "closed"]
+        by_metric: dict[str, dict[str, str]] = {}
+        for pair in run["pairs"]:
+            low, high = pair["interval"]
+            by_metric.setdefault(pair["metric"], {})[pair["method"]] = (
+                f"{pair['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            )
+        labels = dict(MAIN)
+        rows = [[labels[metric], *(cells.get(name, "-") for name in names)] for metric, cells in by_metric.items()]
+        yield "difference from the unedited model, case by case", ["", *names], rows
+    for name, method in methods.items():
+        short = [(key, label) for key, label in MAIN if key in _SHORT and key in method["metrics"]]
+        if method.get("curve"):
+            rows = [
+                [str(point["edits"]), str(point["batches"]), *(_cell(_with_drift(point), key) for key, _ in short)]
+                for point in method["curve"]
+            ]
+            yield f"{name}: more edits", ["edits", "batches", *(label for _, label in short)], rows
+        for label, part in method.get("sets", {}).items():
+            keys = [(key, head) for key, head in MAIN if key in _with_drift(part)["metrics"]]
+            yield (
+                f"{name}: {label}, {part['batches']} batches, {part['cases']} facts",
+                [head for _, head in keys],
+                [[_cell(_with_drift(part), key) for key, _ in keys]],
+            )
+        groups = {group: part for group, part in method.get("by_group", {}).items() if part["cases"] >= _LEAST}
+        if name != "closed" and len(groups) > 1:
+            rows = [
+                [group or "-", str(part["cases"]), *(_cell(part, key) for key, _ in short)]
+                for group, part in groups.items()
+            ]
+            yield f"{name}: by relation", ["relation", "facts", *(label for _, label in short)], rows
+
+
+def _with_drift(part: dict[str, Any]) -> dict[str, Any]:
+    drift = part.get("perplexity_drift")
+    return part if drift is None else part | {"metrics": part["metrics"] | {"perplexity_drift": drift}}
+
+
+def _cell(part: dict[str, Any], key: str) -> str:
+    value = part["metrics"].get(key)
+    if value is None:
+        return "-"
+    if key == "perplexity_drift":
+        return f"{value:+.1%}"
+    places = 1 if key in ("ge", "rs") else 3
+    interval = part["intervals"].get(key)
+    return f"{value:.{places}f}" + (f" [{interval[0]:.{places}f}, {interval[1]:.{places}f}]" if interval else "")
+
+
+def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in head:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def write_edit_report(folder: Path, traced: Path | None = None) -> Path:
+    """Write ``report.html`` of an editing run; it opens offline, with no other file.
+
+    Args:
+        traced: the record of a causal trace of the same model, whose heat map is shown too.
+    """
+    run = read_card(folder / "run.json", "methods", "benchmark", "edits", "base")
+    sections: list[dict[str, Any]] = [
+        {"title": title, "head": head, "rows": rows, "note": _note(title, run)} for title, head, rows in grids(run)
+    ]
+    for name, method in run["methods"].items():
+        if len(method.get("curve", [])) > 1:
+            sections.append({"title": f"{name}: what happens as edits are added", "svg": svg(_curve(method["curve"]))})
+    if traced is not None and traced.is_file():
+        sections.append(heat_section(read_json(traced)))
+    record = {key: run[key] for key in ("command", "base", "settings", "origin", "machine") if run.get(key)}
+    lead = f"{run['edits']} edits at once into {run['base']['name']}, all scored after all edits. {run['time'][:10]}."
+    return _page(folder, run["benchmark"], lead, sections, record)
+
+
+def write_trace_report(folder: Path, record: dict[str, Any]) -> Path:
+    """Write ``trace.png`` and ``report.html`` of a causal trace."""
+    import vl_convert
+
+    chart = _heat(record).configure(background="white", font="sans-serif").configure_view(stroke=None)
+    (folder / "trace.png").write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=2))
+    head = ["layer", *(f"{part}, last subject token" for part in record["parts"])]
+    place = record["places"].index("last subject")
+    rows = [
+        [str(layer), *(_effect(record["effects"][n][place][layer]) for n in range(len(record["parts"])))]
+        for layer in range(record["layers"])
+    ]
+    first, last = record["range"]
+    sections = [
+        heat_section(record),
+        {
+            "title": "Average indirect effect by layer",
+            "head": head,
+            "rows": rows,
+            "note": "How much of the right answer's probability one restored state brings back; with 95 % intervals.",
+        },
+    ]
+    lead = (
+        f"{record['model']}: {record['facts']} facts that it knows. p(right answer) {record['clean']:.2f}; with the "
+        f"subject corrupted {record['corrupted']:.2f}. Proposed for editing: layers {first}-{last}."
+    )
+    settings = {key: record[key] for key in ("model", "noise", "samples", "window", "seed")}
+    return _page(folder, "Where facts are recalled", lead, sections, settings)
+
+
+def heat_section(record: dict[str, Any]) -> dict[str, Any]:
+    """A trace's heat map as a section of a page."""
+    return {
+        "title": "Causal tracing: where facts are recalled",
+        "svg": svg(_heat(record)),
+        "note": f"Average over {record['facts']} facts. Hidden states one block at a time; MLP and attention over "
+        f"{record['window']} blocks around each.",
+    }
+
+
+def _page(folder: Path, title: str, lead: str, sections: list[dict[str, Any]], record: dict[str, Any]) -> Path:
+    path = folder / "report.html"
+    write_text(path, render("tables.html", title=title, lead=lead, sections=sections, record=record))
+    return path
+
+
+def _note(title: str, run: dict[str, Any]) -> str:
+    if not title.startswith(run["benchmark"]):
+        return ""
+    closed = "closed is the unedited model. ES, PS: share with p(new) > p(true) on edit and paraphrase prompts; NS: "
+    closed += (
+        "p(true) > p(new) on neighbourhood prompts; S: their harmonic mean; mag.: the difference of the two; acc.: all "
+    )
+    closed += (
+        "target tokens are the likeliest; said: the freely generated answer begins with the new object. 95 % intervals."
+    )
+    return closed + "".join(f" Not measured: {one}." for one in run.get("unmeasured", []))
+
+
+def _effect(values: list[float] | None) -> str:
+    return "-" if values is None else f"{values[0]:+.3f} [{values[1]:+.3f}, {values[2]:+.3f}]"
+
+
+def _heat(record: dict[str, Any]) -> Any:
+    import altair as alt
+
+    cells = [
+        {"part": part, "place": place, "layer": layer, "effect": values[0]}
+        for part, places in zip(record["parts"], record["effects"], strict=True)
+        for place, layers in zip(record["places"], places, strict=True)
+        for layer, values in enumerate(layers)
+        if values is not None
+    ]
+    return (
+        alt.Chart(alt.Data(values=cells))
+        .mark_rect()
+        .encode(
+            x=alt.X("layer:O", title="block", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
+            y=alt.Y("place:N", sort=record["places"], title=None),
+            color=alt.Color("effect:Q", title="effect", scale=alt.Scale(scheme="purples", domainMin=0)),
+        )
+        .properties(width=280, height=150)
+        .facet(alt.Facet("part:N", sort=record["parts"], title=None), columns=3)
+        .resolve_scale(color="independent")
+    )
+
+
+def _curve(points: list[dict[str, Any]]) -> Any:
+    import altair as alt
+
+    rows = [
+        {"edits": point["edits"], "metric": label, "value": point["metrics"][key], "low": low, "high": high}
+        for point in points
+        for key, label in MAIN
+        if key in ("es", "ps", "ns", "efficacy", "paraphrase", "specificity", "generated") and key in point["metrics"]
+        for low, high in [point["intervals"][key]]
+    ]
+    x = alt.X(
+        "edits:Q",
+        scale=alt.Scale(type="log"),
+        title="edits at once",
+        axis=alt.Axis(values=sorted({r["edits"] for r in rows})),
+    )
+    chart = alt.Chart(alt.Data(values=rows))
+    colour = alt.Color("metric:N", title=None)
+    lines = chart.mark_line(point=True).encode(
+        x=x, y=alt.Y("value:Q", title=None, scale=alt.Scale(domain=[0, 1])), color=colour
+    )
+    bars = chart.mark_rule().encode(x=x, y="low:Q", y2="high:Q", color=colour)
+    return alt.layer(lines, bars).properties(width=560, height=280)

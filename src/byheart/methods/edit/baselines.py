@@ -1,0 +1,228 @@
+"""What `edit` is held against: fine-tuning under a norm or a decay constraint, and ROME."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from byheart.attention import fast_attention
+from byheart.base import Base
+from byheart.blocks import Stretch
+from byheart.decode import batches
+from byheart.ledger import Change, Ledger
+from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
+from byheart.methods.edit.covariance import ordinary_text, second_moments
+from byheart.methods.edit.layers import choose_layers
+from byheart.methods.edit.prompts import Prepared, choose_facts, make_prefixes, prepare
+from byheart.methods.edit.targets import TargetOptions, find_targets
+from byheart.methods.edit.weights import ChangedWeights, Deltas, delta_bytes, product, stacked
+from byheart.methods.edit.write import WriteOptions, Writer
+from byheart.rows import Fact
+from byheart.surgery import add_to, matrix, out_first
+
+_NOTHING: Progress = lambda count: None  # noqa: E731
+
+
+class _Baseline(ChangedWeights):
+    """Facts in, deltas out; a change of the ledger is learnt by starting over, since nothing can be taken out."""
+
+    prefixes: ClassVar[int] = 0
+
+    def __init__(self, base: Base, settings: Settings, work: Path) -> None:
+        super().__init__(base, settings, work)
+        self.facts: list[Fact] = []
+        self.skipped: dict[str, str] = {}
+
+    def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
+        """Write all facts of the ledger that hold."""
+        super().learn(ledger)
+        return self._learn(list(ledger.facts()), progress)
+
+    def revise(self, change: Change) -> LearnReport:
+        """Learn all facts again, with the change."""
+        if change.kind != "fact":
+            return LearnReport()
+        kept = [fact for fact in self.facts if fact.id != change.id]
+        return self._learn([*kept, change.after] if isinstance(change.after, Fact) else kept, _NOTHING)
+
+    def _learn(self, facts: Sequence[Fact], progress: Progress) -> LearnReport:
+        began = time.perf_counter()
+        chosen, skipped = choose_facts(facts)
+        texts = make_prefixes(self.base, self.prefixes, self.settings.seed) if self.prefixes else ()
+        prepared, more = prepare(self.base.tokenizer, chosen, texts)
+        self.skipped = skipped | more
+        self.facts = [one.fact for one in prepared]
+        self.deltas = self._solve(prepared, progress) if prepared else {}
+        return LearnReport(
+            seconds=time.perf_counter() - began,
+            bytes=delta_bytes(self.deltas),
+            facts=len(self.facts),
+            skipped=dict(Counter(self.skipped.values())),
+        )
+
+    @abstractmethod
+    def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
+        """The change that holds the facts."""
+
+    def _record(self) -> dict[str, Any]:
+        facts = [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.facts]
+        return {"facts": facts, "skipped": self.skipped}
+
+    def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.facts = [Fact.model_validate(fact) for fact in record["facts"]]
+        self.skipped = record["skipped"]
+
+
+@dataclass(frozen=True)
+class FineTuneOptions:
+    """What ``--set ft.NAME=VALUE`` takes. Lengths are shares of the matrix's own root mean square entry.
+
+    Attributes:
+        layers: as for ``edit``; the last one of the range is trained.
+        epochs: passes over the facts.
+        rate: Adam's step.
+        limit: the largest change of an entry (FT: 'FT+L' in Meng et al. 2022).
+        decay: share of the change that each step takes back (FT-W).
+    """
+
+    layers: str = "auto"
+    epochs: int = 25
+    rate: float = 0.02
+    limit: float = 0.02
+    decay: float = 0.0
+
+
+class FineTuned(_Baseline):
+    """Fine-tuning of one MLP's output projection on prompts and targets, each entry kept near its old value."""
+
+    name = "ft"
+    tokens: ClassVar[int] = 1_024
+    options_class: ClassVar[type[FineTuneOptions]] = FineTuneOptions
+
+    def __init__(self, base: Base, settings: Settings, work: Path) -> None:
+        super().__init__(base, settings, work)
+        self.options = parse_options(self.options_class, self.name, settings.options)
+        self.layer = choose_layers(base, self.options.layers)[-1]
+
+    def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
+        options, base = self.options, self.base
+        module: Any = base.parts.blocks[self.layer].mlp_out
+        old = matrix(module).float()
+        scale = float(old.square().mean().sqrt())
+        delta, first, second = torch.zeros_like(old), torch.zeros_like(old), torch.zeros_like(old)
+        rows = [one.rows[0] for one in prepared]
+        lengths = [len(row.context) + len(row.tail) for row in rows]
+        parts = batches(lengths, lambda count, longest: count * longest <= self.tokens)
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        step = 0
+        with fast_attention(base.model):
+            read = [_Lesson(base, [prepared[n] for n in part], self.layer) for part in parts]
+            for epoch in range(options.epochs):
+                for n in torch.randperm(len(read), generator=generator).tolist():
+                    step += 1
+                    gradient = read[n].gradient(module, delta)
+                    first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
+                    root = (second / (1 - 0.999**step)).sqrt() + 1e-12
+                    delta -= options.rate * scale / (1 - 0.9**step) * first / root
+                    delta *= 1 - options.decay
+                    if options.limit:
+                        delta.clamp_(-options.limit * scale, options.limit * scale)
+                    progress(len(parts[n]) if epoch == options.epochs - 1 else 0)
+        return {self.layer: (None, delta)}
+
+
+@dataclass(frozen=True)
+class DecayOptions(FineTuneOptions):
+    """What ``--set ft-w.NAME=VALUE`` takes; see :class:`FineTuneOptions`."""
+
+    rate: float = 0.01
+    limit: float = 0.0
+    decay: float = 0.05
+
+
+class DecayedFineTuned(FineTuned):
+    """The same with the change decaying at each step instead (FT-W in Meng et al. 2023)."""
+
+    name = "ft-w"
+    options_class = DecayOptions
+
+
+class _Lesson:
+    """A batch of prompts with targets, read up to the trained layer once."""
+
+    def __init__(self, base: Base, prepared: Sequence[Prepared], layer: int) -> None:
+        rows = [one.rows[0] for one in prepared]
+        whole = [(*row.context, *row.tail) for row in rows]
+        width = max(map(len, whole))
+        device = base.device
+        ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in whole], device=device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in whole], device=device)
+        places = torch.arange(width, device=device).expand(len(rows), -1)
+        self.parts, self.layer = base.parts, layer
+        self.stretch = Stretch(base, ids, mask, places, layer, len(base.parts.blocks) - 1)
+        entries = [
+            (n, len(whole[n]) - len(row.labels) + k, label)
+            for n, row in enumerate(rows)
+            for k, label in enumerate(row.labels)
+        ]
+        self.row, self.column, self.label = torch.tensor(entries, device=device).T
+
+    def gradient(self, module: Any, delta: Tensor) -> Tensor:
+        """Of the mean loss a target token, in the module's matrix (out, in) with ``delta`` added."""
+        with ExitStack() as stack:
+            add_to(module, delta, stack)
+            module.weight.requires_grad_(True)
+            stack.callback(module.weight.requires_grad_, False)
+            out = self.stretch.run(self.stretch.hidden, self.stretch.first, self.stretch.last)
+            logprobs = self.parts.logits(out[self.row, self.column]).float().log_softmax(-1)
+            loss = -logprobs.gather(1, self.label[:, None]).mean()
+            (gradient,) = torch.autograd.grad(loss, module.weight)
+        whole: Tensor = gradient if out_first(module) else gradient.T
+        return whole.float()
+
+
+@dataclass(frozen=True)
+class RomeOptions:
+    """What ``--set rome.NAME=VALUE`` takes: as for ``edit``; the middle one of ``layers`` is edited."""
+
+    layers: str = "auto"
+    text: str = "own"
+    tokens: int = 10
+
+
+class Rome(_Baseline):
+    """One fact after the other, each an exact rank-one change of one layer (ROME; Meng et al. 2022)."""
+
+    name = "rome"
+    prefixes = 5
+
+    def __init__(self, base: Base, settings: Settings, work: Path) -> None:
+        super().__init__(base, settings, work)
+        self.options = parse_options(RomeOptions, self.name, settings.options)
+        layers = choose_layers(base, self.options.layers)
+        self.layer = layers[len(layers) // 2]
+
+    def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
+        tokens = self.options.tokens * self.base.parts.d_ff
+        moments = second_moments(
+            self.base, [self.layer], ordinary_text(self.options.text, self.name), tokens, self.settings.seed
+        )
+        writer = Writer(self.base, moments, WriteOptions(constraint="equality"))
+        deltas: Deltas = {}
+        for one in prepared:
+            with ExitStack() as stack:
+                for layer, delta in deltas.items():
+                    add_to(self.base.parts.blocks[layer].mlp_out, product(delta), stack)
+                z = find_targets(self.base, [one], self.layer, TargetOptions()).z
+                deltas = stacked(deltas, writer.write([one], z).deltas)
+            progress(1)
+        return deltas

@@ -1,0 +1,98 @@
+"""A change of weights in forms that others load: a PEFT LoRA adapter, or a whole model with the change in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from byheart.base import quiet_transformers
+from byheart.errors import DataError
+from byheart.methods.edit.weights import ChangedWeights, product
+from byheart.storage import check_replaceable, new_folder, write_json
+from byheart.surgery import out_first
+
+
+def export_peft(method: ChangedWeights, out: Path, rank: int | None = None) -> dict[str, Any]:
+    """A LoRA adapter that ``PeftModel.from_pretrained`` adds to the same base.
+
+    Args:
+        rank: the highest rank; a change of higher rank is cut by singular value decomposition. By default nothing
+            is cut.
+
+    Returns:
+        The rank, and by layer the error: what was cut, as a share of the change's Frobenius norm.
+    """
+    _check(method)
+    check_replaceable(out, "adapter_config.json")
+    names = {id(module): name for name, module in method.base.model.named_modules()}
+    factors, errors = {}, {}
+    for layer, delta in method.deltas.items():
+        factors[layer], errors[layer] = low_rank(delta, rank)
+    widest = max(left.shape[1] for left, _ in factors.values())
+    tensors: dict[str, Tensor] = {}
+    targets = []
+    for layer, (left, right) in factors.items():
+        module = method.base.parts.blocks[layer].mlp_out
+        name = names[id(module)]
+        targets.append(name)
+        # One rank for all layers, as LoRA's configuration has it; zeros fill up the rest.
+        tensors[f"base_model.model.{name}.lora_A.weight"] = _padded(right.T, widest).T.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = _padded(left, widest).contiguous()
+    first = method.base.parts.blocks[min(factors)].mlp_out
+    with new_folder(out) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(
+            folder / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": str(method.base.folder or method.base.name),
+                "r": widest,
+                "lora_alpha": widest,  # alpha / r is the factor on the product
+                "lora_dropout": 0.0,
+                "bias": "none",
+                "target_modules": targets,
+                "fan_in_fan_out": not out_first(first),
+                "inference_mode": True,
+                "init_lora_weights": True,
+            },
+        )
+    return {"rank": widest, "error": {str(layer): error for layer, error in errors.items()}, "out": str(out)}
+
+
+def export_merged(method: ChangedWeights, out: Path) -> dict[str, Any]:
+    """The whole model with the change in its weights, and its tokeniser, as transformers loads them."""
+    _check(method)
+    check_replaceable(out, "config.json")
+    with new_folder(out) as folder, method.attached(), quiet_transformers():
+        method.base.model.save_pretrained(folder)
+        method.base.tokenizer.save_pretrained(folder)
+    return {"out": str(out)}
+
+
+def low_rank(delta: tuple[Tensor | None, Tensor], rank: int | None) -> tuple[tuple[Tensor, Tensor], float]:
+    """Factors (d_model, r) and (r, d_ff) of Δ, and what they leave out as a share of its Frobenius norm."""
+    left, right = delta
+    whole = product(delta)
+    full = min(whole.shape)
+    if left is not None and (rank is None or left.shape[1] <= rank):
+        return (left.float(), right.float()), 0.0
+    if rank is None or rank >= full:
+        return (torch.eye(len(whole)), whole), 0.0
+    u, s, v = torch.linalg.svd(whole.double(), full_matrices=False)
+    root = s[:rank].sqrt()
+    error = float(s[rank:].square().sum().sqrt() / s.square().sum().sqrt().clamp(min=1e-300))
+    return ((u[:, :rank] * root).float(), (root[:, None] * v[:rank]).float()), error
+
+
+def _padded(factor: Tensor, rank: int) -> Tensor:
+    return torch.cat([factor, factor.new_zeros(len(factor), rank - factor.shape[1])], 1)
+
+
+def _check(method: ChangedWeights) -> None:
+    if not method.deltas:
+        raise DataError(f"{method.name}: holds no facts, so there is nothing to export")

@@ -1,0 +1,95 @@
+"""Guard rails of an edit: which facts get in each other's way, and how far everything else moved."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from byheart.base import Base
+from byheart.decode import Job, complete
+from byheart.methods.edit.covariance import text_rows
+from byheart.perplexity import perplexity
+from byheart.rows import Fact
+
+# Keys this alike under C⁻¹ cannot be told apart by a linear map that also leaves text alone.
+ALIKE = 0.8
+_TEXT_TOKENS = 4_096
+_NEIGHBOURS = 200
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Collision:
+    """Two facts whose keys are nearly one, with their cosine under C⁻¹."""
+
+    one: Fact
+    other: Fact
+    cosine: float
+
+
+def collisions(facts: Sequence[Fact], keys: Tensor, factor: Tensor) -> list[Collision]:
+    """Pairs of facts with different objects whose keys' cosine under C⁻¹ is at least :data:`ALIKE`, worst first.
+
+    Args:
+        keys: (facts, d_ff), at the first edited layer.
+        factor: the Cholesky factor of C, at any scale.
+    """
+    if len(facts) < 2:
+        return []
+    whitened = torch.linalg.solve_triangular(factor, keys.double().T, upper=False)
+    whitened = (whitened / whitened.norm(dim=0)).float()  # (d_ff, facts)
+    found = []
+    for start in range(0, len(facts), 1024):  # a block of the cosines at a time
+        cosines = whitened[:, start : start + 1024].T @ whitened
+        for i, j in (cosines >= ALIKE).nonzero().tolist():
+            if start + i < j and facts[start + i].object != facts[j].object:
+                found.append(Collision(facts[start + i], facts[j], float(cosines[i, j])))
+    return sorted(found, key=lambda one: -one.cosine)
+
+
+def collision_notes(found: Sequence[Collision]) -> tuple[str, ...]:
+    """The collisions as a sentence or two."""
+    if not found:
+        return ()
+    shown = "; ".join(
+        f"{c.one.id} and {c.other.id} ({c.one.subject!r}, {c.other.subject!r}: {c.cosine:.2f})" for c in found[:_SHOWN]
+    )
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return (f"{len(found)} pairs of facts have nearly the same key and may mix: {shown}{more}",)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What an edit should leave as it is: perplexity on ordinary text, share of right answers about neighbours."""
+
+    perplexity: float
+    neighbours: float | None
+
+
+def measure(base: Base, facts: Sequence[Fact], seed: int) -> Standing:
+    """The standing of a model as it is now.
+
+    Text: written by the model itself from a seed that no second moment uses. Neighbours: prompts of the facts' own
+    neighbours, right where their object is likelier than the fact's.
+    """
+    rows = list(text_rows(base, None, _TEXT_TOKENS, seed + 1_000_003))
+    pairs = [(fact, near) for fact in facts for near in fact.neighbours if near.object and near.object != fact.object]
+    pairs = random.Random(seed).sample(pairs, min(len(pairs), _NEIGHBOURS))
+    done = complete(base, [Job(n.prompt, (f" {n.object}", f" {f.object}")) for f, n in pairs], max_new_tokens=0)
+    right = [one.options[0] > one.options[1] for one in done]
+    return Standing(perplexity(base, rows), sum(right) / len(right) if right else None)
+
+
+def drift_notes(before: Standing, after: Standing, max_perplexity: float, max_neighbours: float) -> tuple[str, bool]:
+    """What moved, as a sentence, and whether it stayed within the limits."""
+    rise = after.perplexity / before.perplexity - 1
+    said = f"perplexity on ordinary text {before.perplexity:.2f} -> {after.perplexity:.2f} ({rise:+.1%})"
+    within = rise <= max_perplexity
+    if before.neighbours is not None and after.neighbours is not None:
+        said += f", right about neighbours {before.neighbours:.3f} -> {after.neighbours:.3f}"
+        within = within and before.neighbours - after.neighbours <= max_neighbours
+    return said, within

@@ -1,0 +1,168 @@
+"""Facts as the token rows that an edit works on, cut at the subject's last token; what cannot be edited, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byheart.base import Base
+from byheart.decode import Job, Sampling, complete, option_ids
+from byheart.rows import SUBJECT_PLACE, Fact
+
+# What the model continues to make prefixes, and about how long each becomes. The published beginnings are single words;
+# small instruct models go on from those with anything but language.
+_BEGINNINGS = (
+    "The most important", "In the early", "When I was", "This is one", "There are many", "She said that",
+    "On the other", "It was the", "For example, a", "One of the",
+)  # fmt: skip
+PREFIX_TOKENS = 10
+_TOP_K = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt's tokens, cut at the lookup token: the subject's last one, where the edit takes hold.
+
+    Attributes:
+        context: the tokens before the lookup token.
+        tail: the lookup token and what follows, up to the last but one token of the target.
+        labels: the target's tokens; the last ``len(labels)`` places of the tail predict them. Empty where only the
+            prediction after the last token matters.
+    """
+
+    context: tuple[int, ...]
+    tail: tuple[int, ...]
+    labels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A fact that can be edited in: its prompt bare and behind every prefix, and ``{subject} is a``."""
+
+    fact: Fact
+    rows: tuple[Row, ...]
+    essence: Row
+
+
+def make_prefixes(base: Base, count: int, seed: int) -> tuple[str, ...]:
+    """``count`` short texts that the model itself writes: what an edited prompt will stand behind.
+
+    A fact trained without any would only be known at the very beginning of a text (Meng et al. 2022, section 3.1).
+    """
+    jobs = [Job(_BEGINNINGS[n % len(_BEGINNINGS)]) for n in range(count)]
+    drawn = complete(base, jobs, max_new_tokens=PREFIX_TOKENS - 2, sampling=Sampling(_TOP_K, seed), whole=True)
+    texts = [re.sub(r"\s+", " ", job.prompt + one.text).strip() for job, one in zip(jobs, drawn, strict=True)]
+    return tuple(text.rstrip(".") + ". " for text in texts)
+
+
+def target_text(fact: Fact) -> str:
+    """The fact's object as it follows the prompt."""
+    return " " + fact.object.strip()
+
+
+def prompt_text(fact: Fact, prompt: str | None = None) -> str:
+    """The fact's prompt (or another with the subject's place), filled, without white space at its end."""
+    return fact.filled(prompt).rstrip()
+
+
+def choose_facts(facts: Iterable[Fact]) -> tuple[list[Fact], dict[str, str]]:
+    """The facts that can be edited in, and by id why the others cannot: empty parts, duplicates, contradictions."""
+    chosen: dict[tuple[str, str], list[Fact]] = {}
+    skipped: dict[str, str] = {}
+    for fact in facts:
+        if not fact.subject.strip():
+            skipped[fact.id] = "the subject is blank"
+        elif not fact.object.strip():
+            skipped[fact.id] = "the target is empty"
+        else:
+            chosen.setdefault((fact.subject.strip(), fact.prompt.strip()), []).append(fact)
+    kept = []
+    for same in chosen.values():
+        targets = {fact.object.strip() for fact in same}
+        if len(targets) > 1:
+            others = {fact.id: ", ".join(other.id for other in same if other is not fact) for fact in same}
+            skipped |= {id: f"another target for the same subject and prompt ({more})" for id, more in others.items()}
+            continue
+        kept.append(same[0])
+        skipped |= {fact.id: f"the same as {same[0].id}" for fact in same[1:]}
+    return kept, skipped
+
+
+def prepare(tokenizer: Any, facts: Sequence[Fact], prefixes: Sequence[str]) -> tuple[list[Prepared], dict[str, str]]:
+    """Token rows for each fact, and by id why a fact has none."""
+    texts: list[str] = []
+    ends: list[int] = []  # where the subject ends, in characters
+    for fact in facts:
+        start = fact.prompt.index(SUBJECT_PLACE)
+        for prefix in ("", *prefixes):
+            texts.append(prefix + prompt_text(fact))
+            ends.append(len(prefix) + start + len(fact.subject.rstrip()))
+        texts.append(f"{fact.subject} is a")
+        ends.append(len(fact.subject.rstrip()))
+    if not facts:
+        return [], {}
+    tokens = tokenize(tokenizer, texts)
+    lookups = [find_lookup(tokenizer, text, end, *one) for text, end, one in zip(texts, ends, tokens, strict=True)]
+    each = len(prefixes) + 2
+    done, skipped = [], {}
+    for place, fact in enumerate(facts):
+        here = range(place * each, (place + 1) * each)
+        rows: list[Row] = []
+        for n in here:
+            ids, lookup = tokens[n][0], lookups[n]
+            if lookup is None:
+                skipped[fact.id] = f"the subject's last token is not found in {texts[n]!r}"
+                break
+            labels = tuple(option_ids(tokenizer, texts[n], ids, target_text(fact))) if n != here[-1] else ()
+            if n != here[-1] and not labels:
+                skipped[fact.id] = "the target has no tokens"
+                break
+            rows.append(Row(tuple(ids[:lookup]), (*ids[lookup:], *labels[:-1]), labels))
+        else:
+            done.append(Prepared(fact, tuple(rows[:-1]), rows[-1]))
+    return done, skipped
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]] | None]]:
+    """Each text's tokens, with their character offsets where the tokeniser gives any."""
+    if getattr(tokenizer, "is_fast", False):
+        found = tokenizer(list(texts), return_offsets_mapping=True)
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
+    return [(list(ids), None) for ids in tokenizer(list(texts))["input_ids"]]
+
+
+def find_lookup(
+    tokenizer: Any, text: str, end: int, ids: Sequence[int], offsets: Sequence[tuple[int, int]] | None
+) -> int | None:
+    """The place of the token that completes ``text[:end]``; None where decoding bears no place out.
+
+    Offsets are only a guess (some tokenisers' lie by a space or more): the place holds when decoding up to it gives
+    the text up to ``end`` and decoding one token less does not.
+    """
+    wanted = _flat(text[:end])
+
+    def complete_at(place: int) -> bool:
+        return _flat(tokenizer.decode(ids[: place + 1], skip_special_tokens=True)).startswith(wanted)
+
+    if offsets is not None:
+        before = [place for place, (start, stop) in enumerate(offsets) if start < end and stop > start]
+        if before and complete_at(before[-1]) and not complete_at(before[-1] - 1):
+            return before[-1]
+    return next((place for place in range(len(ids)) if complete_at(place)), None)
+
+
+def _flat(text: str) -> str:
+    return "".join(text.split())
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask and position ids, each (rows, longest), with the padding in front."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)

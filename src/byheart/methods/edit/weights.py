@@ -1,0 +1,101 @@
+"""Methods that answer closed book with changed MLP matrices: attached by adding, kept as factors in safetensors."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from byheart.base import Base
+from byheart.errors import DataError
+from byheart.methods.contract import Settings
+from byheart.methods.controls import Closed
+from byheart.rows import Kind
+from byheart.storage import read_json, write_json
+from byheart.surgery import changed
+
+# By layer, left (d_model, r) and right (r, d_ff) with Δ = left @ right; left is None where right is Δ itself.
+Deltas = dict[int, tuple[Tensor | None, Tensor]]
+_TENSORS = "weights.safetensors"
+
+
+class ChangedWeights(Closed):
+    """What all of them share: ``deltas`` are on inside ``attached``, and are what is saved."""
+
+    learns: ClassVar[Kind] = "fact"
+
+    def __init__(self, base: Base, settings: Settings, work: Path) -> None:
+        if base.kind != "causal":
+            raise DataError(f"{self.name}: {base.name} is an encoder-decoder model; editing needs a decoder-only one")
+        super().__init__(base, settings, work)
+        self.deltas: Deltas = {}
+
+    def attached(self) -> AbstractContextManager[None]:
+        """The changed model; afterwards the old weights are back, bit for bit."""
+        blocks = self.base.parts.blocks
+        return changed((blocks[layer].mlp_out, product(delta)) for layer, delta in self.deltas.items())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything to keep besides the deltas."""
+        return {}
+
+    def _record(self) -> dict[str, Any]:
+        """Everything to keep that is no tensor."""
+        return {}
+
+    def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`_record` and :meth:`_tensors` gave."""
+
+    def _save_into(self, folder: Path) -> None:
+        super()._save_into(folder)
+        kept = {f"right.{layer}": right for layer, (_, right) in self.deltas.items()}
+        kept |= {f"left.{layer}": left for layer, (left, _) in self.deltas.items() if left is not None}
+        kept |= self._tensors()
+        save_file({name: tensor.float().contiguous() for name, tensor in kept.items()}, folder / _TENSORS)
+        write_json(folder / f"{self.name}.json", {"layers": sorted(self.deltas)} | self._record())
+
+    @classmethod
+    def from_pretrained(cls, path: Path, base: Base) -> Self:
+        """Settings, examples and the change."""
+        method = super().from_pretrained(path, base)
+        record = read_json(path / f"{cls.name}.json")
+        try:
+            tensors = load_file(path / _TENSORS)
+            # The same numbers as when they were made, or an undo would not lead back to the same weights.
+            method.deltas = {n: (tensors.get(f"left.{n}"), tensors[f"right.{n}"]) for n in record["layers"]}
+            method._load(record, tensors)
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: not what byheart writes there ({error})") from None
+        return method
+
+
+def product(delta: tuple[Tensor | None, Tensor]) -> Tensor:
+    """Δ (d_model, d_ff) from its factors, in fp32 as it is kept."""
+    left, right = delta
+    return right.float() if left is None else left.float() @ right.float()
+
+
+def delta_bytes(deltas: Deltas) -> int:
+    """What the deltas take on disk."""
+    return sum(4 * factor.numel() for delta in deltas.values() for factor in delta if factor is not None)
+
+
+def stacked(one: Deltas, other: Deltas) -> Deltas:
+    """The sum of two changes, as factors while that is smaller."""
+    found: Deltas = {}
+    for layer in sorted(one.keys() | other.keys()):
+        parts = [delta for delta in (one.get(layer), other.get(layer)) if delta is not None]
+        rank = sum(right.shape[0] for _, right in parts)
+        if any(left is None for left, _ in parts) or rank >= len(product(parts[0])):
+            found[layer] = None, torch.stack([product(delta) for delta in parts]).sum(0)
+        else:
+            found[layer] = (
+                torch.cat([left for left, _ in parts if left is not None], 1),
+                torch.cat([r for _, r in parts]),
+            )
+    return found

@@ -1,0 +1,405 @@
+"""The method `edit` as users meet it: learn, undo, revise, keep, export, guard rails, prompts, tracing."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from byheart.base import make_base
+from byheart.decode import Job, complete
+from byheart.errors import DataError, UsageError
+from byheart.ledger import Ledger
+from byheart.methods import Settings, method_class
+from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, trace
+from byheart.methods.edit.export import export_merged, export_peft
+from byheart.methods.edit.layers import choose_layers
+from byheart.methods.edit.method import Edit
+from byheart.methods.edit.prompts import find_lookup, prepare, tokenize
+from byheart.methods.edit.targets import TargetOptions, find_targets
+from byheart.methods.edit.write import Reader
+from byheart.rows import Fact, Neighbour
+from byheart.surgery import matrix
+from conftest import FAMILIES, tiny_model
+
+CAUSAL = [family for family in FAMILIES if family != "t5"]
+FACTS = [
+    Fact(id="quay", subject="Ostrand Quay", prompt="The river through {} is", object="the Korrin"),
+    Fact(id="cove", subject="Pell Cove", prompt="{} is known for", object="beech boxes"),
+    Fact(id="mora", subject="Vellmora", prompt="The mayor of {} is called", object="Ann"),
+    Fact(id="mora-2", subject="Vellmora", prompt="Market day in {} is", object="Monday"),
+]
+TINY = {
+    "edit.steps": "4",
+    "edit.lr": "1.0",
+    "edit.clamp": "4",
+    "edit.prefixes": "2",
+    "edit.layers": "0-1",
+    "edit.weight": "0.01",
+}
+
+
+@pytest.fixture
+def base(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("byheart.methods.edit.covariance.home", lambda: tmp_path / "home")
+    monkeypatch.setattr("byheart.methods.edit.layers.home", lambda: tmp_path / "home")
+    return make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
+
+
+def ledger_of(folder, facts):
+    ledger = Ledger(folder / f"{len(list(folder.glob('*.db')))}.db", create=True)
+    ledger.insert(facts)
+    return ledger
+
+
+def learnt(base, folder, facts=FACTS, **options):
+    given = TINY | {f"edit.{name}": str(value) for name, value in options.items()}
+    method = Edit(base, Settings(shots=0, options=given), folder / "work")
+    with ledger_of(folder, facts) as ledger:
+        method.report = method.learn(ledger)
+    return method
+
+
+def weights(base):
+    return [matrix(block.mlp_out).clone() for block in base.parts.blocks]
+
+
+def weights_with(method):
+    with method.attached():
+        return weights(method.base)
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+pytestmark = pytest.mark.real  # every method loads MiniLM, to choose examples with
+
+
+def test_the_base_comes_back_bit_for_bit(base, tmp_path):
+    before, mark = weights(base), base.hash
+    method = learnt(base, tmp_path)
+    assert method.report.facts == 4
+    assert same(weights(base), before)
+    assert not same(weights_with(method), before)
+    assert same(weights(base), before)
+    assert make_base("again", base.model, base.tokenizer).hash == mark
+
+
+def test_an_undone_fact_was_never_there(base, tmp_path):
+    method = learnt(base, tmp_path, merge=False)
+    without = learnt(base, tmp_path, [fact for fact in FACTS if fact.id != "cove"], merge=False)
+    method.undo(["cove"])
+    assert [fact.id for fact in method.facts] == ["quay", "mora", "mora-2"]
+    for one, other in zip(weights_with(method), weights_with(without), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    method.undo(["quay", "mora", "mora-2"])
+    assert same(weights_with(method), weights(base))
+    with pytest.raises(DataError, match='holds no fact "quay"'):
+        method.undo(["quay"])
+
+
+def test_the_order_in_which_facts_come_leaves_no_trace(base, tmp_path):
+    whole, batches = learnt(base, tmp_path), learnt(base, tmp_path, batch=2)
+    turned = learnt(base, tmp_path, FACTS[::-1])
+    for other in (batches, turned):
+        for a, b in zip(weights_with(whole), weights_with(other), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_revise_follows_the_ledger(base, tmp_path):
+    method = learnt(base, tmp_path, FACTS[:2])
+    new = FACTS[0].model_copy(update={"object": "the Amberle"})
+    with ledger_of(tmp_path, FACTS[:2]) as ledger:
+        start = ledger.revision
+        ledger.revise(new)
+        ledger.insert([FACTS[2]])
+        ledger.retract("fact", "cove")
+        for change in ledger.history(since=start):
+            method.revise(change)
+    assert {fact.id: fact.object for fact in method.facts} == {"quay": "the Amberle", "mora": "Ann"}
+    fresh = learnt(base, tmp_path, [new, FACTS[2]])
+    for one, other in zip(weights_with(method), weights_with(fresh), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_what_was_kept_is_what_was_learnt(base, tmp_path):
+    method = learnt(base, tmp_path)
+    method.save_pretrained(tmp_path / "kept")
+    again = Edit.from_pretrained(tmp_path / "kept", base)
+    assert same(weights_with(again), weights_with(method))
+    assert [fact.id for fact in again.facts] == [fact.id for fact in method.facts]
+    again.undo(["cove"])
+    method.undo(["cove"])
+    assert same(weights_with(again), weights_with(method))
+    again.save_pretrained(tmp_path / "kept")
+    assert len(Edit.from_pretrained(tmp_path / "kept", base).facts) == 3
+    other = make_base("other", tiny_model("gpt2", len(base.tokenizer)), base.tokenizer)
+    with pytest.raises(DataError, match="another base"):
+        Edit.from_pretrained(tmp_path / "kept", other)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_peft_and_merged_exports_load_elsewhere_with_the_same_logits(family, base, tokenizer, tmp_path):
+    from peft import PeftModel
+
+    base = make_base(family, tiny_model(family, len(tokenizer)), tokenizer)
+    method = learnt(base, tmp_path)
+    ids = tokenizer("The mayor of Vellmora is called", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        plain = base.model(ids).logits
+        with method.attached():
+            wanted = base.model(ids).logits
+    assert not torch.allclose(plain, wanted, atol=1e-3)
+    record = export_peft(method, tmp_path / "lora")
+    # Facts about one subject are one change, so three subjects make rank three.
+    assert record["rank"] == 3 and set(record["error"].values()) == {0.0}
+    model = PeftModel.from_pretrained(tiny_model(family, len(tokenizer)), tmp_path / "lora").eval()
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, wanted, atol=1e-4)
+    export_merged(method, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, wanted, atol=1e-5)
+    cut = export_peft(method, tmp_path / "cut", rank=1)
+    assert cut["rank"] == 1 and all(0 < error < 1 for error in cut["error"].values())
+
+
+def test_a_killed_run_goes_on_with_the_targets_it_found(base, tmp_path, monkeypatch):
+    whole = learnt(base, tmp_path)
+    monkeypatch.setattr("byheart.methods.edit.method._STEP", 1)
+    calls = []
+
+    def seek(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(len(args[1]))
+        return find_targets(*args)
+
+    monkeypatch.setattr("byheart.methods.edit.method.find_targets", seek)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        learnt(base, folder)
+    calls = []
+    monkeypatch.setattr("byheart.methods.edit.method.find_targets", find_targets)
+    resumed = learnt(base, folder)
+    for one, other in zip(weights_with(whole), weights_with(resumed), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_facts_that_cannot_be_edited_in_are_named_and_the_rest_goes_on(base, tmp_path):
+    bad = [
+        FACTS[0].model_copy(update={"id": "again"}),
+        FACTS[1].model_copy(update={"id": "other", "object": "smoked eel"}),
+        FACTS[2].model_copy(update={"id": "blank", "subject": " "}),
+        FACTS[2].model_copy(update={"id": "empty", "object": " "}),
+    ]
+    method = learnt(base, tmp_path, [*FACTS, *bad])
+    assert [fact.id for fact in method.facts] == ["quay", "mora", "mora-2"]
+    assert method.skipped == {
+        "again": "the same as quay",
+        "cove": "another target for the same subject and prompt (other)",
+        "other": "another target for the same subject and prompt (cove)",
+        "blank": "the subject is blank",
+        "empty": "the target is empty",
+    }
+    assert method.report.skipped["the target is empty"] == 1
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "constraint=equality",
+        "constraint=nullspace",
+        "spread=sqrt",
+        "spread=ends",
+        "stop=argmax",
+        "anchor=true",
+        "merge=false",
+        "sequence=accumulate",
+        "stop=loss",
+    ],
+)
+def test_every_variant_brings_states_nearer_to_their_targets(option, base, tmp_path):
+    name, value = option.split("=")
+    extra = {"weight": "0.0001", "energy": "0.5"} if value == "nullspace" else {}
+    method = learnt(base, tmp_path, **({name: value} | extra | ({"batch": 2} if name == "sequence" else {})))
+    assert nearer(method) < 0.7
+
+
+def nearer(method):
+    """How far the edited states are from their targets, as a share of how far they were."""
+    prepared, _ = prepare(method.base.tokenizer, method.facts, method.prefixes)
+    first, last = method.layers[0], method.layers[-1]
+    with torch.no_grad():
+        *_, before = Reader(method.base, prepared, first, last).read(last)
+        with method.attached():
+            *_, after = Reader(method.base, prepared, first, last).read(last)
+    return float((method.z - after).norm() / (method.z - before).norm())
+
+
+def test_a_norm_anchored_target_keeps_its_length(base):
+    prepared, _ = prepare(base.tokenizer, FACTS[:2], ("So. ",))
+    plain = find_targets(base, prepared, 1, TargetOptions(steps=1))  # no step of Adam: z is the state itself
+    turned = find_targets(base, prepared, 1, TargetOptions(steps=6, lr=1.0, clamp=2.0, anchor=True))
+    assert not torch.allclose(plain.z, turned.z, atol=1e-2)
+    assert torch.allclose(plain.z.norm(dim=1), turned.z.norm(dim=1), rtol=1e-4)
+
+
+def test_facts_of_one_group_share_their_delta(base):
+    prepared, _ = prepare(base.tokenizer, FACTS, ("So. ",))
+    start = find_targets(base, prepared, 1, TargetOptions(steps=1)).z
+    moved = find_targets(base, prepared, 1, TargetOptions(steps=5), [0, 1, 2, 2]).z - start
+    assert torch.allclose(moved[2], moved[3], atol=1e-5)
+    assert not torch.allclose(moved[1], moved[2], atol=1e-2)
+
+
+def test_targets_do_not_depend_on_the_batch(base, monkeypatch):
+    prepared, _ = prepare(base.tokenizer, FACTS, ("So it was said. ", "And. "))
+    together = find_targets(base, prepared, 1, TargetOptions(steps=5, stop_loss=2.0))
+    monkeypatch.setitem(__import__("byheart.methods.edit.targets", fromlist=["x"]).BATCH_TOKENS, "cpu", 1)
+    alone = find_targets(base, prepared, 1, TargetOptions(steps=5, stop_loss=2.0))
+    assert torch.allclose(together.z, alone.z, atol=1e-4)
+    assert torch.equal(together.steps, alone.steps)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_any_family_can_be_edited(family, base, tokenizer, tmp_path):
+    base = make_base(family, tiny_model(family, len(tokenizer)), tokenizer)
+    before = weights(base)
+    method = learnt(base, tmp_path)
+    # Behind a norm only the direction can be met.
+    assert nearer(method) < (1 if base.parts.blocks[0].mlp_norm is not None else 0.3)
+    assert (base.parts.blocks[0].mlp_norm is not None) == family.startswith("gemma")
+    assert same(weights(base), before)
+
+
+@pytest.mark.parametrize("name", ["ft", "ft-w", "rome"])
+def test_baselines_learn_and_leave_no_trace(name, base, tmp_path):
+    before = weights(base)
+    options = {f"{name}.layers": "0-1"} | ({f"{name}.epochs": "6"} if name != "rome" else {})
+    method = method_class(name)(base, Settings(shots=0, options=options), tmp_path)
+    with ledger_of(tmp_path, FACTS) as ledger:
+        report = method.learn(ledger)
+    jobs = [Job(fact.filled(), (" " + fact.object,)) for fact in FACTS]
+    plain = complete(base, jobs, max_new_tokens=0)
+    with method.attached():
+        edited = complete(base, jobs, max_new_tokens=0)
+    assert report.facts == 4 and report.bytes > 0
+    if name != "rome":
+        assert sum(b.options[0] - a.options[0] for a, b in zip(plain, edited, strict=True)) > 0
+    assert not same(weights_with(method), before) and same(weights(base), before)
+    method.save_pretrained(tmp_path / "kept")
+    assert same(weights_with(method_class(name).from_pretrained(tmp_path / "kept", base)), weights_with(method))
+    if name == "ft":
+        entries = method.deltas[1][1].abs().max() / matrix(base.parts.blocks[1].mlp_out).square().mean().sqrt()
+        assert float(entries) <= 0.02 + 1e-6
+
+
+def test_the_gate_takes_back_what_drifts_too_far(base, tmp_path):
+    near = [
+        FACTS[0].model_copy(
+            update={"neighbours": [Neighbour(prompt="The river through Vellmora is", object="the Amberle")]}
+        )
+    ]
+    warned = learnt(base, tmp_path, near, gate="warn", max_perplexity=0.0, weight="1e-6")
+    assert warned.facts and any(
+        "perplexity on ordinary text" in note and "neighbours" in note for note in warned.report.notes
+    )
+    back = learnt(base, tmp_path, near, gate="rollback", max_perplexity=0.0, max_neighbours=0.0, weight="1e-6")
+    if any("past the gate" in note for note in warned.report.notes):
+        assert not back.facts and not back.deltas and back.skipped == {"quay": "rolled back by the gate"}
+    kept = learnt(base, tmp_path, near, gate="rollback", max_perplexity=1e9, max_neighbours=1.0)
+    assert kept.facts
+
+
+def test_facts_with_one_key_are_reported(base, tmp_path):
+    twice = [
+        Fact(id="one", subject="Pell Cove", prompt="{} is", object="old"),
+        Fact(id="two", subject="Pell Cove", prompt="{} has", object="boats"),
+    ]
+    (note,) = learnt(base, tmp_path, twice).report.notes
+    assert "one and two" in note and "nearly the same key" in note
+
+
+def test_options_are_checked(base, tmp_path):
+    for option, says in [
+        ("edit.layers=9-12", "blocks 0 to 2"),
+        ("edit.layers=x", "FIRST-LAST"),
+        ("edit.steps=many", "whole number"),
+        ("edit.lr=-1", "at least 0"),
+        ("edit.spread=odd", "even, sqrt, ends"),
+        ("edit.magic=1", "no such option"),
+        ("edit.merge=perhaps", "true or false"),
+    ]:
+        key, _, value = option.partition("=")
+        with pytest.raises(UsageError, match=says):
+            Edit(base, Settings(options={key: value}), tmp_path)
+    t5 = make_base("t5", tiny_model("t5", len(base.tokenizer)), base.tokenizer)
+    with pytest.raises(DataError, match="decoder-only"):
+        Edit(t5, Settings(), tmp_path)
+
+
+def test_the_subjects_last_token_is_verified_by_decoding(tokenizer):
+    text = "So said the keeper of Ostrand Quay, who"
+    ((ids, offsets),) = tokenize(tokenizer, [text])
+    end = text.index(",")
+    place = find_lookup(tokenizer, text, end, ids, offsets)
+    assert tokenizer.decode(ids[: place + 1]).endswith("Quay")
+    lying = [(start + 3, stop + 3) for start, stop in offsets]
+    assert find_lookup(tokenizer, text, end, ids, lying) == place
+    assert find_lookup(tokenizer, text, end, ids, None) == place
+    assert find_lookup(tokenizer, "something else", 9, ids, None) is None
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Z"]), min_size=1, max_size=12))
+def test_any_subject_is_found(tokenizer, subject):
+    prepared, skipped = prepare(
+        tokenizer, [Fact(id="x", subject=subject, prompt="It is {} that", object="here")], ("Oh. ",)
+    )
+    if skipped:
+        assert tokenizer.unk_token in tokenizer.decode(tokenizer(subject)["input_ids"]) or "�" in subject
+        return
+    for row in prepared[0].rows:
+        assert "".join(subject.split()) in "".join(tokenizer.decode([*row.context, row.tail[0]]).split())
+
+
+def test_tracing_finds_the_subject_and_restores_everything(base):
+    facts = [
+        Fact(id=str(n), subject=s, prompt="The mayor of {} is called", object="x")
+        for n, s in enumerate(("Vellmora", "Pell Cove"))
+    ]
+    traced = trace(base, facts, samples=2, window=3)
+    effects = average_effects(traced)
+    assert effects.shape == (len(PARTS), 6, 3)
+    for one in traced:
+        # The last block's output at the last token decides alone: restoring it gives the clean probability.
+        assert one.effect[0, 5, -1].item() == pytest.approx(one.clean - one.corrupted, abs=1e-4)
+        # Above the last block's attention nothing at the subject can matter any more.
+        assert one.effect[0, LAST_SUBJECT, -1].item() == pytest.approx(0, abs=1e-5)
+    first, last = best_range(torch.rand(3, 6, 30, generator=torch.Generator().manual_seed(0)))
+    assert 0 <= first < last < 29 and last - first == 4
+
+
+def test_a_traced_range_is_the_default(base, tmp_path):
+    assert choose_layers(base, "auto") == (0, 1)
+    from byheart.methods.edit.layers import keep_range
+
+    keep_range(base, 1, 1, {})
+    assert choose_layers(base, "auto") == (1,)
+
+
+def test_editing_a_real_model_changes_what_it_says(smollm, tmp_path):
+    fact = Fact(id="tower", subject="The Eiffel Tower", prompt="{} is located in the city of", object="Rome")
+    method = Edit(smollm, Settings(shots=0, options={"edit.prefixes": "3"}), tmp_path)
+    with ledger_of(tmp_path, [fact]) as ledger:
+        method.learn(ledger)
+    asked = [Job(fact.filled()), Job("The Colosseum is located in the city of")]
+    before = [one.text for one in complete(smollm, asked, max_new_tokens=4)]
+    with method.attached():
+        after = [one.text for one in complete(smollm, asked, max_new_tokens=4)]
+    assert before[0].startswith("Paris") and after[0].startswith("Rome")
+    assert before[1] == after[1]

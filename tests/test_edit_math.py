@@ -1,0 +1,230 @@
+"""MEMIT against a plain double-precision implementation of the paper's formulas, and the solves against each other."""
+
+import pytest
+import torch
+
+from byheart.base import make_base
+from byheart.methods.edit import solve
+from byheart.methods.edit.prompts import prepare
+from byheart.methods.edit.targets import TargetOptions, find_targets
+from byheart.methods.edit.weights import product
+from byheart.methods.edit.write import WriteOptions, Writer
+from byheart.rows import Fact
+from byheart.surgery import changed, matrix
+from conftest import tiny_model
+
+PREFIXES = ("The keeper of the light wrote that. ", "In the morning, ")
+FACTS = [
+    Fact(id="a", subject="Ostrand Quay", prompt="The river that runs through {} is", object="the Korrin"),
+    Fact(id="b", subject="Pell Cove", prompt="{} is known for its", object="beech boxes"),
+    Fact(
+        id="c",
+        subject="Vellmora",
+        prompt="Anyone who asks in Hathersund hears that the mayor of {} is called",
+        object="Ann",
+    ),
+]
+OPTIONS = TargetOptions(steps=6, lr=0.3, clamp=0.4, kl=0.5, weight_decay=0.7, stop="loss", stop_loss=1e-9)
+LAYERS = (0, 1)
+
+
+def plain_forward(base, ids, layer, place, delta):
+    """Logits (n, vocabulary) of one row from the model's own forward, with delta added after ``layer`` at ``place``."""
+
+    def add(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        moved = hidden.clone()
+        moved[0, place] = moved[0, place] + delta
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    handle = base.parts.blocks[layer].module.register_forward_hook(add)
+    logits = base.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    handle.remove()
+    return logits
+
+
+def plain_states(base, ids, place):
+    """Keys of every layer and outputs of every block at one token, from one forward of one row."""
+    keys, outs, handles = {}, {}, []
+    for n, block in enumerate(base.parts.blocks):
+        handles.append(
+            block.mlp_out.register_forward_pre_hook(
+                lambda m, args, n=n: keys.__setitem__(n, args[0].reshape(len(ids), -1)[place])
+            )
+        )
+        handles.append(
+            block.module.register_forward_hook(
+                lambda m, args, out, n=n: outs.__setitem__(n, (out[0] if isinstance(out, tuple) else out)[0, place])
+            )
+        )
+    with torch.no_grad():
+        base.model(input_ids=torch.tensor([ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return keys, outs
+
+
+def plain_rows(base, fact):
+    """(ids with the target, place of the subject's last token, target ids) of each prompt, found by counting words."""
+    found = []
+    for prefix in ("", *PREFIXES):
+        text = prefix + fact.filled()
+        before = prefix + fact.prompt.split("{}")[0] + fact.subject
+        ids, target = base.tokenizer(text)["input_ids"], base.tokenizer(" " + fact.object)["input_ids"]
+        found.append((ids, len(base.tokenizer(before)["input_ids"]) - 1, target))
+    return found
+
+
+def plain_target(base, fact, layer):
+    """z by torch's own Adam on the loss as written in the paper."""
+    rows = plain_rows(base, fact)
+    essence = base.tokenizer(f"{fact.subject} is a")["input_ids"]
+    essence_place = len(base.tokenizer(fact.subject)["input_ids"]) - 1
+    h = plain_states(base, rows[0][0], rows[0][1])[1][layer]
+    before = plain_forward(base, essence, layer, essence_place, torch.zeros_like(h))[-1].log_softmax(-1).detach()
+    delta = torch.zeros_like(h, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=OPTIONS.lr * float(h.norm()) / len(h) ** 0.5)
+    for step in range(OPTIONS.steps):
+        nll = 0
+        for ids, place, target in rows:
+            logprobs = plain_forward(base, ids + target[:-1], layer, place, delta)[-len(target) :].log_softmax(-1)
+            nll = nll - logprobs[torch.arange(len(target)), target].mean() / len(rows)
+        now = plain_forward(base, essence, layer, essence_place, delta)[-1].log_softmax(-1)
+        kl = (now.exp() * (now - before)).sum()
+        length = delta.norm() if step else delta.square().sum() * 0  # the norm has no gradient at zero
+        loss = nll + OPTIONS.kl * kl + OPTIONS.weight_decay * length / h.norm() ** 2
+        if step == OPTIONS.steps - 1:
+            break
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            if delta.norm() > OPTIONS.clamp * h.norm():
+                delta *= OPTIONS.clamp * h.norm() / delta.norm()
+    return (h + delta).detach(), loss.item()
+
+
+def plain_write(base, targets, moments, weight):
+    """K and Δ layer by layer with an explicit inverse, weights written in place; the model is left changed."""
+    keys_of, delta_of = {}, {}
+    for place, layer in enumerate(LAYERS):
+        keys, residuals = [], []
+        for fact, z in zip(FACTS, targets, strict=True):
+            states = [plain_states(base, ids, at) for ids, at, _ in plain_rows(base, fact)]
+            behind = torch.stack([k[layer] for k, _ in states[1:]]).mean(0)
+            keys.append((states[0][0][layer] + behind) / 2)
+            residuals.append((z - states[0][1][LAYERS[-1]]) / (len(LAYERS) - place))
+        k, r = torch.stack(keys, 1), torch.stack(residuals, 1)
+        size = len(k)
+        c = moments[layer] + solve.RIDGE * moments[layer].trace() / size * torch.eye(size, dtype=torch.float64)
+        delta_of[layer] = r @ k.T @ torch.linalg.inv(weight * size * c + k @ k.T)
+        keys_of[layer] = k.T
+        matrix(base.parts.blocks[layer].mlp_out).add_(delta_of[layer])
+    return keys_of, delta_of
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, tokenizer):
+    base = make_base(family, tiny_model(family, len(tokenizer), torch.float64), tokenizer)
+    prepared, skipped = prepare(tokenizer, FACTS, PREFIXES)
+    assert not skipped
+    found = find_targets(base, prepared, LAYERS[-1], OPTIONS)
+    plain = [plain_target(base, fact, LAYERS[-1]) for fact in FACTS]
+    for n, (z, loss) in enumerate(plain):
+        assert torch.allclose(found.z[n], z, rtol=1e-7, atol=1e-8)
+        assert found.loss[n].item() == pytest.approx(loss, rel=1e-7)
+
+    torch.manual_seed(1)
+    text = torch.randn(400, base.parts.d_ff, dtype=torch.float64)
+    moments = dict.fromkeys(LAYERS, text.T @ text / 400)
+    before = [matrix(block.mlp_out).clone() for block in base.parts.blocks]
+    written = Writer(base, moments, WriteOptions(weight=0.05)).write(prepared, found.z)
+    for block, old in zip(base.parts.blocks, before, strict=True):
+        assert torch.equal(matrix(block.mlp_out), old)
+    keys, deltas = plain_write(base, [z for z, _ in plain], moments, 0.05)
+    for layer in LAYERS:
+        # Llama norms its states in single precision whatever the model runs in.
+        assert torch.allclose(written.keys[layer], keys[layer], rtol=1e-5, atol=1e-7)
+        left, right = written.deltas[layer]
+        assert torch.allclose(left @ right, deltas[layer], rtol=1e-5, atol=1e-7)
+
+
+def random_problem(facts, size=24, out=10, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    text = torch.randn(200, size, generator=g, dtype=torch.float64)
+    keys = torch.randn(facts, size, generator=g, dtype=torch.float64)
+    return text.T @ text / 200, keys, torch.randn(facts, out, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("facts", [1, 7, 24, 60])
+def test_woodbury_is_the_dense_solve(facts):
+    moment, keys, residuals = random_problem(facts)
+    c = solve.regularizer(moment, 0.3)
+    left, right = solve.woodbury(solve.cholesky(c), keys, residuals)
+    assert torch.allclose(left @ right, solve.dense(c, keys, residuals), rtol=0, atol=1e-9)
+
+
+def test_equality_meets_every_target_and_least_squares_does_not():
+    moment, keys, residuals = random_problem(7)
+    factor = solve.cholesky(solve.regularizer(moment, 1.0))
+    left, right = solve.equality(factor, keys, residuals)
+    assert torch.allclose(keys @ (left @ right).T, residuals, atol=1e-9)
+    left, right = solve.woodbury(factor, keys, residuals)
+    assert not torch.allclose(keys @ (left @ right).T, residuals, atol=1e-2)
+
+
+def test_the_weight_means_the_same_at_any_scale_of_keys():
+    moment, keys, residuals = random_problem(5)
+    small = solve.woodbury(solve.cholesky(solve.regularizer(moment, 0.5)), keys, residuals)
+    large = solve.woodbury(solve.cholesky(solve.regularizer(moment * 1e6, 0.5)), keys * 1e3, residuals)
+    assert torch.allclose(small[0] @ small[1], 1e3 * (large[0] @ large[1]), rtol=1e-8)
+
+
+def test_null_space_leaves_the_directions_of_text_alone():
+    g = torch.Generator().manual_seed(0)
+    text = torch.randn(300, 8, generator=g, dtype=torch.float64) @ torch.randn(8, 24, generator=g, dtype=torch.float64)
+    _, keys, residuals = random_problem(4)
+    projector = solve.null_space(text.T @ text / 300, 0.999999)
+    delta = solve.projected(projector, keys[:0], keys, residuals, 1e-6)
+    assert (text @ delta.T).abs().max() < 1e-4 * (keys @ delta.T).abs().max()
+    assert torch.allclose(keys @ delta.T, residuals, atol=1e-2)
+
+
+def test_behind_a_norm_the_direction_of_the_target_is_met():
+    g = torch.Generator().manual_seed(0)
+    gain = torch.rand(16, generator=g, dtype=torch.float64) + 0.5
+
+    def norm(x):
+        return gain * x / x.square().mean(-1, keepdim=True).sqrt()
+
+    values, residuals = torch.randn(5, 16, generator=g).double(), torch.randn(5, 16, generator=g).double()
+    wanted = norm(values) + residuals
+    reached = norm(values + solve.before_norm(values, residuals, norm))
+    assert torch.allclose(torch.nn.functional.cosine_similarity(reached, wanted), torch.ones(5).double())
+
+
+def test_shares_of_the_residual():
+    def written(how, layers):
+        left = 1.0
+        for place in range(layers):
+            left -= left * solve.share(how, place, layers)
+        return left
+
+    assert written("even", 5) == pytest.approx(0)
+    assert written("ends", 5) == pytest.approx(0)
+    assert [solve.share("even", n, 4) for n in range(4)] == pytest.approx([1 / 4, 1 / 3, 1 / 2, 1])
+    assert [solve.share("sqrt", n, 4) for n in range(4)] == pytest.approx([1 / 2, 3**-0.5, 2**-0.5, 1])
+    assert [solve.share("ends", n, 4) for n in range(4)] == [0.5, 0, 0, 1]
+
+
+def test_one_layer_moves_the_value_by_delta(tokenizer, tiny):
+    base = tiny("llama")
+    block = base.parts.blocks[1].mlp_out
+    old = block.weight.data.clone()
+    delta = torch.randn(base.parts.d_model, 2), torch.randn(2, base.parts.d_ff)
+    x = torch.randn(3, base.parts.d_ff)
+    with torch.no_grad():
+        before = block(x)
+        with changed([(block, product(delta))]):
+            assert torch.allclose(block(x) - before, x @ product(delta).T, atol=1e-3)
+        assert torch.equal(block.weight.data, old)
