@@ -32,6 +32,7 @@ bench: setup
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/answer.py
 	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/edit.py
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/startup.py
 

@@ -271,7 +271,7 @@ def test_any_family_can_be_edited(family, base, tokenizer, tmp_path):
     before = weights(base)
     method = learnt(base, tmp_path)
     # Behind a norm only the direction can be met.
-    assert nearer(method) < (1 if base.parts.blocks[0].mlp_norm is not None else 0.3)
+    assert nearer(method) < (1 if base.parts.blocks[0].mlp_norm is not None else 0.5)
     assert (base.parts.blocks[0].mlp_norm is not None) == family.startswith("gemma")
     assert same(weights(base), before)
 

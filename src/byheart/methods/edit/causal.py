@@ -59,7 +59,7 @@ def trace(
     facts: Sequence[Fact],
     *,
     samples: int = 3,
-    window: int = WIDTH,
+    window: int = 5,
     noise: float = 3.0,
     seed: int = 0,
     on_done: Callable[[int], None] = lambda count: None,

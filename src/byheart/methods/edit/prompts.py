@@ -56,7 +56,7 @@ def make_prefixes(base: Base, count: int, seed: int) -> tuple[str, ...]:
     """
     jobs = [Job(_BEGINNINGS[n % len(_BEGINNINGS)]) for n in range(count)]
     drawn = complete(base, jobs, max_new_tokens=PREFIX_TOKENS - 2, sampling=Sampling(_TOP_K, seed), whole=True)
-    texts = [re.sub(r"\s+", " ", job.prompt + one.text).strip() for job, one in zip(jobs, drawn, strict=True)]
+    texts = [re.sub(r"[\s\ufffd]+", " ", job.prompt + one.text).strip() for job, one in zip(jobs, drawn, strict=True)]
     return tuple(text.rstrip(".") + ". " for text in texts)
 
 
