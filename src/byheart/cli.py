@@ -193,7 +193,7 @@ Writing = Annotated[int, typer.Option("--texts", min=0, help="Texts to generate 
 Questions = Annotated[
     Path | None, typer.Option("--questions", help="JSONL of title, question, answers: edits from documents' questions.")
 ]
-EditMethods = Annotated[str, typer.Option("--methods", help="edit, ft, ft-w, rome, with commas between them.")]
+EditMethods = Annotated[str, typer.Option("--methods", help="edit, ft, ft-w, rome, mend, with commas between them.")]
 
 
 @bench_app.command("counterfact")

@@ -18,9 +18,10 @@ METHODS = {
     "ft": "byheart.methods.edit.baselines:FineTuned",
     "ft-w": "byheart.methods.edit.baselines:DecayedFineTuned",
     "rome": "byheart.methods.edit.baselines:Rome",
+    "mend": "byheart.methods.edit.mend:Mend",
 }
 # Other ways to edit, to hold `edit` against; "all" leaves them out.
-BASELINES = ("ft", "ft-w", "rome")
+BASELINES = ("ft", "ft-w", "rome", "mend")
 
 __all__ = ["BASELINES", "METHODS", "Answer", "LearnReport", "Method", "Settings", "method_class", "parse_methods"]
 

@@ -20,7 +20,7 @@ from byheart.blocks import Stretch
 from byheart.decode import batches
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
-from byheart.methods.edit.covariance import ordinary_text, second_moments
+from byheart.methods.edit.covariance import ordinary_text, second_moments, token_count
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, choose_facts, make_prefixes, prepare
 from byheart.methods.edit.targets import TargetOptions, find_targets
@@ -32,7 +32,7 @@ from byheart.surgery import add_to, matrix, out_first
 _NOTHING: Progress = lambda count: None  # noqa: E731
 
 
-class _Baseline(ChangedWeights):
+class Baseline(ChangedWeights):
     """Facts in, deltas out; a change of the ledger is learnt by starting over, since nothing can be taken out."""
 
     prefixes: ClassVar[int] = 0
@@ -101,7 +101,7 @@ class FineTuneOptions:
     decay: float = 0.0
 
 
-class FineTuned(_Baseline):
+class FineTuned(Baseline):
     """Fine-tuning of one MLP's output projection on prompts and targets, each entry kept near its old value."""
 
     name = "ft"
@@ -196,10 +196,10 @@ class RomeOptions:
 
     layers: str = "auto"
     text: str = "own"
-    tokens: int = 10
+    tokens: int = 0
 
 
-class Rome(_Baseline):
+class Rome(Baseline):
     """One fact after the other, each an exact rank-one change of one layer (ROME; Meng et al. 2022)."""
 
     name = "rome"
@@ -212,10 +212,9 @@ class Rome(_Baseline):
         self.layer = layers[len(layers) // 2]
 
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
-        tokens = self.options.tokens * self.base.parts.d_ff
-        moments = second_moments(
-            self.base, [self.layer], ordinary_text(self.options.text, self.name), tokens, self.settings.seed
-        )
+        texts = ordinary_text(self.options.text, self.name)
+        tokens = token_count(self.base, self.options.tokens, texts)
+        moments = second_moments(self.base, [self.layer], texts, tokens, self.settings.seed)
         writer = Writer(self.base, moments, WriteOptions(constraint="equality"))
         deltas: Deltas = {}
         for one in prepared:

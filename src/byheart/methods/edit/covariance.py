@@ -104,6 +104,14 @@ def ordinary_text(option: str, method: str, documents: Sequence[str] | None = No
         raise DataError(f"{path}: not UTF-8") from None
 
 
+def token_count(base: Base, option: int, texts: Sequence[str] | None) -> int:
+    """How many tokens to take: ``option`` times d_ff; where it is 0, 40 times of a given text, 10 of the model's own.
+
+    Four times as many tokens make an edit disturb text less by a fifth, but writing them takes minutes.
+    """
+    return (option or (10 if texts is None else 40)) * base.parts.d_ff
+
+
 def _read(path: Path) -> Tensor | None:
     try:
         moment: Tensor = load_file(path)["moment"]

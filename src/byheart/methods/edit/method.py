@@ -21,7 +21,7 @@ from byheart.errors import DataError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.edit import guard
-from byheart.methods.edit.covariance import ordinary_text, second_moments
+from byheart.methods.edit.covariance import ordinary_text, second_moments, token_count
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, choose_facts, make_prefixes, prepare
 from byheart.methods.edit.solve import Spread
@@ -42,8 +42,9 @@ class EditOptions:
     Attributes:
         layers: ``FIRST-LAST``, or ``auto``: what ``byheart trace`` found for this model, else a share of the depth.
         prefixes: texts of the model's own that each prompt is also edited behind.
+        paraphrases: edit behind the facts' own paraphrases, too, where the ledger has any.
         text: ordinary text for the second moment: ``own`` (the model writes it), ``ledger`` (its documents) or a file.
-        tokens: of that text, as a multiple of d_ff.
+        tokens: of that text, as a multiple of d_ff; 0: 40 of a given text, 10 where the model must write it.
         merge: write facts about one subject as one change (MEMIT-Merge).
         batch: facts to take at once; 0: all of them.
         sequence: ``joint`` solves all facts, old and new, together whenever some come or go, so that the order in
@@ -55,6 +56,7 @@ class EditOptions:
 
     layers: str = "auto"
     prefixes: int = 5
+    paraphrases: bool = True
     steps: int = TargetOptions.steps
     lr: float = TargetOptions.lr
     clamp: float = TargetOptions.clamp
@@ -68,7 +70,7 @@ class EditOptions:
     constraint: Constraint = WriteOptions.constraint
     energy: float = WriteOptions.energy
     text: str = "own"
-    tokens: int = 10
+    tokens: int = 0
     merge: bool = True
     batch: int = 0
     sequence: Literal["joint", "accumulate"] = "joint"
@@ -155,7 +157,7 @@ class Edit(ChangedWeights):
 
     def _add(self, facts: Sequence[Fact], progress: Progress) -> tuple[str, ...]:
         before = (self.facts, self.z, self.keys, self.deltas)
-        prepared, skipped = prepare(self.base.tokenizer, facts, self.prefixes)
+        prepared, skipped = self._prepare(facts)
         self.skipped |= skipped
         progress(len(skipped))
         if self.options.sequence == "accumulate" and self.facts:
@@ -194,6 +196,9 @@ class Edit(ChangedWeights):
         first = self.layers[0]
         return guard.collision_notes(guard.collisions(self.facts, self.keys[first], self._writer.factor(first)))
 
+    def _prepare(self, facts: Sequence[Fact]) -> tuple[list[Prepared], dict[str, str]]:
+        return prepare(self.base.tokenizer, facts, self.prefixes, paraphrases=self.options.paraphrases)
+
     def _take(self, prepared: Sequence[Prepared], z: Tensor) -> None:
         self.facts = [*self.facts, *(one.fact for one in prepared)]
         self.z = torch.cat([self.z.to(z), z])
@@ -207,7 +212,7 @@ class Edit(ChangedWeights):
         """The weights that follow from the facts and their targets."""
         self.deltas, self.keys = {}, {}
         if self.facts:
-            prepared, _ = prepare(self.base.tokenizer, self.facts, self.prefixes)
+            prepared, _ = self._prepare(self.facts)
             written = self._write(prepared, self.z, None)
             self.deltas, self.keys = written.deltas, written.keys
 
@@ -215,7 +220,14 @@ class Edit(ChangedWeights):
         """Targets of facts, those that an earlier run left in the working folder among them."""
         options = self.options.targets()
         groups = self._groups([one.fact for one in prepared])
-        mark = [self.base.hash, str(self.base.dtype), asdict(options), self.layers[-1], self.prefixes]
+        mark = [
+            self.base.hash,
+            str(self.base.dtype),
+            asdict(options),
+            self.layers[-1],
+            self.prefixes,
+            self.options.paraphrases,
+        ]
         if self.options.sequence == "accumulate":
             mark.append([fact.model_dump_json() for fact in self.facts])
         store = self.work / "edit" / f"{_short_hash(mark)}.safetensors"
@@ -253,13 +265,9 @@ class Edit(ChangedWeights):
 
     def _write(self, prepared: Sequence[Prepared], z: Tensor, past: dict[int, Tensor] | None) -> Any:
         if self._writer is None:
-            moments = second_moments(
-                self.base,
-                self.layers,
-                ordinary_text(self.options.text, self.name, self._texts),
-                self.options.tokens * self.base.parts.d_ff,
-                self.settings.seed,
-            )
+            texts = ordinary_text(self.options.text, self.name, self._texts)
+            tokens = token_count(self.base, self.options.tokens, texts)
+            moments = second_moments(self.base, self.layers, texts, tokens, self.settings.seed)
             self._writer = Writer(self.base, moments, self.options.writing())
         written = self._writer.write(prepared, z, self._groups([one.fact for one in prepared]), past)
         # As they will be kept, so that what was saved and what was not give the same weights.

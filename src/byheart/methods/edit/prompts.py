@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -93,25 +94,31 @@ def choose_facts(facts: Iterable[Fact]) -> tuple[list[Fact], dict[str, str]]:
     return kept, skipped
 
 
-def prepare(tokenizer: Any, facts: Sequence[Fact], prefixes: Sequence[str]) -> tuple[list[Prepared], dict[str, str]]:
-    """Token rows for each fact, and by id why a fact has none."""
+def prepare(
+    tokenizer: Any, facts: Sequence[Fact], prefixes: Sequence[str], *, paraphrases: bool = False
+) -> tuple[list[Prepared], dict[str, str]]:
+    """Token rows for each fact, and by id why a fact has none.
+
+    Args:
+        paraphrases: also take the fact's own paraphrases that name the subject, as they are.
+    """
     texts: list[str] = []
     ends: list[int] = []  # where the subject ends, in characters
+    counts: list[int] = []
     for fact in facts:
-        start = fact.prompt.index(SUBJECT_PLACE)
-        for prefix in ("", *prefixes):
-            texts.append(prefix + prompt_text(fact))
-            ends.append(len(prefix) + start + len(fact.subject.rstrip()))
-        texts.append(f"{fact.subject} is a")
-        ends.append(len(fact.subject.rstrip()))
+        more = [p for p in fact.paraphrases if SUBJECT_PLACE in p and p != fact.prompt] if paraphrases else []
+        templates = [*((prefix, fact.prompt) for prefix in ("", *prefixes)), *(("", p) for p in more)]
+        for prefix, template in (*templates, ("", f"{SUBJECT_PLACE} is a")):
+            texts.append(prefix + prompt_text(fact, template))
+            ends.append(len(prefix) + template.index(SUBJECT_PLACE) + len(fact.subject.rstrip()))
+        counts.append(len(templates) + 1)
     if not facts:
         return [], {}
     tokens = tokenize(tokenizer, texts)
     lookups = [find_lookup(tokenizer, text, end, *one) for text, end, one in zip(texts, ends, tokens, strict=True)]
-    each = len(prefixes) + 2
     done, skipped = [], {}
-    for place, fact in enumerate(facts):
-        here = range(place * each, (place + 1) * each)
+    for fact, count, end in zip(facts, counts, accumulate(counts), strict=True):
+        here = range(end - count, end)
         rows: list[Row] = []
         for n in here:
             ids, lookup = tokens[n][0], lookups[n]

@@ -203,6 +203,9 @@ class _TargetLoss(torch.autograd.Function):
         return found.mul_(gradient[:, None]).to(ctx.dtype), None, None
 
 
+_target_loss: Any = _TargetLoss.apply
+
+
 @dataclass
 class _Batch:
     """The rows of some groups of facts, and what is fixed about them while their deltas are sought.
@@ -275,7 +278,7 @@ class _Batch:
         lookup = self.hidden[:, 0] + delta[self.group].to(self.hidden.dtype)
         hidden = torch.cat([lookup[:, None], self.hidden[:, 1:]], 1)
         out = self.stretch.run(hidden, self.stretch.first, self.stretch.last)
-        nll, hit = _TargetLoss.apply(self.parts.logits(out[self.row, self.column]), self.label, delta.dtype)
+        nll, hit = _target_loss(self.parts.logits(out[self.row, self.column]), self.label, delta.dtype)
         missed = (~hit).to(delta.dtype)
         now = self.parts.logits(out[self.essence_row, self.essence_column]).to(delta.dtype).log_softmax(-1)
         divergence = (now.exp() * (now - self.original)).sum(1)

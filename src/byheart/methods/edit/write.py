@@ -145,7 +145,10 @@ class Reader:
         bare = [(fact, _until_lookup(one.rows[0])) for fact, one in enumerate(prepared)]
         behind = [(fact, _until_lookup(row)) for fact, one in enumerate(prepared) for row in one.rows[1:]]
         self.bare, self.behind = self._stretches(bare), self._stretches(behind)
-        self.prefixes = len(prepared[0].rows) - 1 if prepared else 0
+        # Half for the bare prompt, half for all others; of one that stands alone, all.
+        others = torch.tensor([len(one.rows) - 1 for one in prepared], dtype=torch.float64)
+        self.bare_share = torch.where(others > 0, 0.5, 1.0)[:, None]
+        self.other_share = (0.5 / others.clamp(min=1))[:, None]
 
     def _stretches(self, rows: list[tuple[int, tuple[int, ...]]]) -> list[tuple[Tensor, Stretch]]:
         limit = READ_TOKENS.get(self.base.device.type, READ_TOKENS["cuda"])
@@ -178,12 +181,12 @@ class Reader:
         with observed([parts.blocks[layer].mlp_out], see):
             for facts, stretch in self.bare:
                 hidden = stretch.run(stretch.hidden, self.first, self.last)
-                keys[facts] = at_lookup(seen["key"], len(facts)) * (0.5 if self.prefixes else 1.0)
+                keys[facts] = at_lookup(seen["key"], len(facts)) * self.bare_share[facts]
                 values[facts] = at_lookup(seen["value"], len(facts))
                 reached[facts] = at_lookup(hidden, len(facts))
             for facts, stretch in self.behind:
                 stretch.run(stretch.hidden, self.first, layer)
-                keys.index_add_(0, facts, at_lookup(seen["key"], len(facts)) * (0.5 / self.prefixes))
+                keys.index_add_(0, facts, at_lookup(seen["key"], len(facts)) * self.other_share[facts])
         return keys, values, reached
 
 

@@ -1,0 +1,186 @@
+"""Editing benchmarks: published files into cases, and figures that mean what they say."""
+
+import json
+import math
+
+import pytest
+
+from byheart.base import make_base
+from byheart.benchmarks.edit_run import Plan, run_editing, score_cases
+from byheart.benchmarks.editing import Case, Probe, counterfact, question_cases, same_subject, zsre
+from byheart.decode import Job, Sampling, complete
+from byheart.edit_report import grids, write_edit_report
+from byheart.errors import DataError
+from byheart.methods import Settings
+from byheart.methods.edit.covariance import text_rows
+from byheart.perplexity import perplexity
+from byheart.progress import Silent
+from byheart.rows import Fact
+from byheart.score import generation_entropy, harmonic_mean, reference_score
+from conftest import tiny_model
+
+RECORD = {
+    "case_id": 7,
+    "requested_rewrite": {
+        "prompt": "The mayor of {} is", "relation_id": "P6", "subject": "Vellmora",
+        "target_new": {"str": "Ann"}, "target_true": {"str": "Holm"},
+    },
+    "paraphrase_prompts": ["Vellmora's mayor is called"],
+    "neighborhood_prompts": ["The mayor of Pell Cove is", "The mayor of Hathersund is"],
+    "generation_prompts": ["In Vellmora,", "In Vellmora,", "Vellmora is"],
+}  # fmt: skip
+ZSRE = {
+    "subject": "Vellmora", "src": "Who is the mayor of Vellmora?", "alt": "Ann", "rephrase": "Vellmora's mayor is who?",
+    "loc": "nq question: who keeps ebb", "loc_ans": "Tole",
+    "portability": {"New Question": "Where was the mayor of Vellmora born?", "New Answer": "Ebb"},
+}  # fmt: skip
+
+
+def lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_counterfact_records_become_cases(tmp_path):
+    references = lines(tmp_path / "texts.jsonl", {"object": "Ann", "texts": ["Ann lives in Ebb."]})
+    (case,) = counterfact(lines(tmp_path / "counterfact_full.jsonl", RECORD), references)
+    assert (case.fact.subject, case.fact.object, case.fact.former_object, case.group) == (
+        "Vellmora",
+        "Ann",
+        "Holm",
+        "P6",
+    )
+    assert case.probes == (
+        Probe("edit", "The mayor of Vellmora is", "Ann", "Holm"),
+        Probe("paraphrase", "Vellmora's mayor is called", "Ann", "Holm"),
+        Probe("neighbourhood", "The mayor of Pell Cove is", "Holm", "Ann"),
+        Probe("neighbourhood", "The mayor of Hathersund is", "Holm", "Ann"),
+    )
+    assert case.generate == ("In Vellmora,", "Vellmora is") and case.references == ("Ann lives in Ebb.",)
+    # Paraphrases are for measuring: the fact that is learnt must not hold them.
+    assert not case.fact.paraphrases and not case.fact.neighbours
+
+
+def test_zsre_rows_become_cases(tmp_path):
+    (case,) = zsre(lines(tmp_path / "zsre_eval.jsonl", ZSRE))
+    assert case.fact.prompt == "Who is the mayor of {}?" and case.fact.object == "Ann"
+    assert [(p.kind, p.wanted) for p in case.probes] == [
+        ("edit", "Ann"), ("paraphrase", "Ann"), ("neighbourhood", "Tole"), ("portability", "Ebb"),
+    ]  # fmt: skip
+
+
+def test_bad_records_are_named(tmp_path):
+    bad = json.loads(json.dumps(RECORD))
+    bad["requested_rewrite"]["prompt"] = "The mayor is"
+    for rows, load, says in [
+        ([RECORD, bad], counterfact, r":2: .*exactly once"),
+        ([{"requested_rewrite": {}}], counterfact, r":1: not a CounterFact record"),
+        ([{"case_id": 1}], counterfact, r':1: "requested_rewrite" is missing'),
+        ([ZSRE | {"src": "Who?"}], zsre, r":1: the question does not hold its subject"),
+    ]:
+        with pytest.raises(DataError, match=says):
+            load(lines(tmp_path / "x.jsonl", *rows))
+    with pytest.raises(DataError, match="no such file"):
+        counterfact(tmp_path / "none")
+    with pytest.raises(DataError, match="name the file"):
+        zsre(tmp_path)
+
+
+def test_questions_that_name_their_page_become_edits(tmp_path):
+    path = lines(
+        tmp_path / "q.jsonl",
+        {"title": "Pell_Cove", "question": "Who rules Pell Cove?", "answers": {"text": ["Ann", "Anna"]}},
+        {"title": "Pell_Cove", "question": "Who rules it?", "answers": ["Ann"]},
+        {"title": "Ebb", "question": "Who rules Ebb?", "answers": []},
+    )
+    (case,) = question_cases(path)
+    assert (case.fact.prompt, case.fact.object) == ("Who rules {}?", "Ann")
+
+
+def test_same_subject_batches_hold_one_subject_and_many_relations():
+    cases = [
+        Case(
+            Fact(id=str(n), subject=f"S{n}", prompt=f"{{}} relation {n} is", object=f"o{n}", former_object="x"),
+            (),
+            f"P{n}",
+        )
+        for n in range(12)
+    ]
+    batches = same_subject(cases, 5, 3, seed=0)
+    assert len(batches) == 3
+    for batch in batches:
+        assert len({case.fact.subject for case in batch}) == 1
+        assert len({case.fact.prompt for case in batch}) == 5 == len({case.fact.id for case in batch})
+    assert batches == same_subject(cases, 5, 3, seed=0)
+
+
+def test_the_papers_figures_come_out():
+    assert harmonic_mean([0.989, 0.886, 0.737]) == pytest.approx(0.858, abs=5e-4)  # MEMIT, GPT-J, 10,000 edits
+    assert harmonic_mean([1, 0, 1]) == 0
+    # Six different words: five bigrams and four trigrams, all once.
+    assert generation_entropy("a b c d e f") == pytest.approx(100 * (2 / 3 * math.log2(5) + 4 / 3 * 2) / 2)
+    assert generation_entropy("ha ha ha ha ha") == 0 == generation_entropy("")
+    assert reference_score("ann lives in ebb", ["Ann lives in Ebb."]) == pytest.approx(100)
+    assert reference_score("xyz", ["Ann lives in Ebb."]) == 0
+
+
+def test_a_run_scores_the_unedited_model_beside_the_edited_one(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("byheart.methods.edit.covariance.home", lambda: tmp_path / "home")
+    base = make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
+    path = lines(
+        tmp_path / "c.jsonl",
+        RECORD,
+        RECORD | {"case_id": 8, "requested_rewrite": RECORD["requested_rewrite"] | {"subject": "Pell Cove"}},
+    )
+    cases = counterfact(path)
+    settings = Settings(shots=0, options={"edit.layers": "0-1", "edit.prefixes": "2", "edit.steps": "3"})
+    rows = tuple(tuple(row) for row in text_rows(base, None, 256, 5))
+    plan = Plan(sizes=(1, 2, 50), sets=(("same", [cases]),), texts=1, rows=rows)
+    run = run_editing("CounterFact", base, cases, ["edit"], tmp_path / "run", settings, plan)
+    assert list(run["methods"]) == ["closed", "edit"]
+    for method in run["methods"].values():
+        assert {"es", "ps", "ns", "es_magnitude", "es_accuracy", "generated", "ge"} <= method["metrics"].keys()
+        assert "rs" not in method["metrics"]
+    assert run["unmeasured"] == ["rs: no reference texts were given"]
+    edit = run["methods"]["edit"]
+    assert [point["edits"] for point in edit["curve"]] == [1, 2] and edit["sets"]["same"]["cases"] == 2
+    assert edit["metrics"]["perplexity_drift"] == pytest.approx(edit["perplexity"] / perplexity(base, rows) - 1)
+    assert {pair["metric"] for pair in run["pairs"]} >= {"es", "ns", "generated"}
+    assert edit["by_group"]["P6"]["cases"] == 2
+    page = write_edit_report(tmp_path / "run").read_text()
+    assert "CounterFact" in page and "more edits" in page
+    assert all(len(head) == len(row) for _, head, table in grids(run) for row in table)
+
+
+def test_metrics_are_those_of_the_probes_likelihoods(tiny):
+    base = tiny("llama")
+    case = Case(Fact(id="x", subject="Ebb", prompt="{} is", object="Ann"), (
+        Probe("edit", "Ebb is", "Ann", "Holm"),
+        Probe("neighbourhood", "Pell Cove is", "Holm", "Ann"),
+        Probe("portability", "So is Ebb", "a town"),
+    ))  # fmt: skip
+    (row,) = score_cases(base, [case], 0, 0, Silent(), "x")
+    new, old = (math.exp(v) for v in complete(base, [Job("Ebb is", (" Ann", " Holm"))], max_new_tokens=0)[0].options)
+    assert row["metrics"]["es"] == float(new > old)
+    assert row["metrics"]["es_magnitude"] == pytest.approx(new - old)
+    (port,) = complete(base, [Job("So is Ebb", (" a town",))], max_new_tokens=0)
+    assert row["metrics"]["portability"] == port.hits[0]
+
+
+def test_sampling_depends_on_seed_and_place_and_not_on_the_batch(tiny):
+    base = tiny("gpt2")
+    jobs = [Job("The keeper of Ebb"), Job("A"), Job("The keeper of Ebb")]
+    drawn = complete(base, jobs, max_new_tokens=12, sampling=Sampling(20, 3), whole=True)
+    assert [one.new_tokens for one in drawn] == [12] * 3
+    assert drawn[0].text != drawn[2].text
+    assert complete(base, jobs[:1], max_new_tokens=12, sampling=Sampling(20, 3), whole=True)[0].text == drawn[0].text
+    assert complete(base, jobs, max_new_tokens=12, sampling=Sampling(20, 4), whole=True)[0].text != drawn[0].text
+    greedy = complete(base, jobs, max_new_tokens=12, whole=True)
+    assert complete(base, jobs, max_new_tokens=12, sampling=Sampling(1, 9), whole=True)[1].text == greedy[1].text
+
+
+@pytest.mark.data
+def test_the_shared_records_load(data):
+    assert len(counterfact(data / "counterfact")) == 272
+    assert len(counterfact(data / "counterfact" / "counterfact_reduced.jsonl")) == 10_972
+    assert len(zsre(data / "zsre")) == 516
