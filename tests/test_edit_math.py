@@ -80,10 +80,11 @@ def plain_target(base, fact, layer):
     rows = plain_rows(base, fact)
     essence = base.tokenizer(f"{fact.subject} is a")["input_ids"]
     essence_place = len(base.tokenizer(fact.subject)["input_ids"]) - 1
-    h = plain_states(base, rows[0][0], rows[0][1])[1][layer]
+    states = [plain_states(base, ids, place)[1][layer] for ids, place, _ in rows]
+    h, length = states[0], torch.stack([state.norm() for state in states]).median()
     before = plain_forward(base, essence, layer, essence_place, torch.zeros_like(h))[-1].log_softmax(-1).detach()
     delta = torch.zeros_like(h, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=OPTIONS.lr * float(h.norm()) / len(h) ** 0.5)
+    adam = torch.optim.Adam([delta], lr=OPTIONS.lr * float(length) / len(h) ** 0.5)
     for step in range(OPTIONS.steps):
         nll = 0
         for ids, place, target in rows:
@@ -91,16 +92,16 @@ def plain_target(base, fact, layer):
             nll = nll - logprobs[torch.arange(len(target)), target].mean() / len(rows)
         now = plain_forward(base, essence, layer, essence_place, delta)[-1].log_softmax(-1)
         kl = (now.exp() * (now - before)).sum()
-        length = delta.norm() if step else delta.square().sum() * 0  # the norm has no gradient at zero
-        loss = nll + OPTIONS.kl * kl + OPTIONS.weight_decay * length / h.norm() ** 2
+        moved = delta.norm() if step else delta.square().sum() * 0  # the norm has no gradient at zero
+        loss = nll + OPTIONS.kl * kl + OPTIONS.weight_decay * moved / length**2
         if step == OPTIONS.steps - 1:
             break
         adam.zero_grad()
         loss.backward()
         adam.step()
         with torch.no_grad():
-            if delta.norm() > OPTIONS.clamp * h.norm():
-                delta *= OPTIONS.clamp * h.norm() / delta.norm()
+            if delta.norm() > OPTIONS.clamp * length:
+                delta *= OPTIONS.clamp * length / delta.norm()
     return (h + delta).detach(), loss.item()
 
 

@@ -32,7 +32,7 @@ class TargetOptions:
     Attributes:
         steps: evaluations of the loss at most; there is one step of Adam less.
         lr: Adam's step size, times the hidden state's length over the root of d_model.
-        clamp: the longest delta, as a share of the hidden state's own length.
+        clamp: the longest delta, as a share of the hidden state's length (see :func:`find_targets`).
         kl: weight of KL(edited || original) after ``{subject} is a``.
         weight_decay: weight of ``|delta| / |h|^2``.
         stop: end a fact when the target's own part of the loss is below ``stop_loss`` (``fit``), when all of it is
@@ -75,8 +75,8 @@ def find_targets(
 
         mean over prompts and target tokens of -log p  +  kl · KL  +  weight_decay · |delta| / |h|²
 
-    by Adam from zero, projected to ``|delta| <= clamp · |h|`` after each step, where h is the hidden state in the bare
-    prompt; z = h + delta. What cannot depend on delta is computed once: everything up to ``layer``, and the keys and
+    by Adam from zero, projected to ``|delta| <= clamp · |h|`` after each step; z = h + delta, where h is the hidden
+    state in the bare prompt, and its length |h| the median over the fact's prompts. What cannot depend on delta is computed once: everything up to ``layer``, and the keys and
     values of all tokens before the lookup token. Facts share batches and leave them when they are done.
 
     Args:
@@ -128,6 +128,10 @@ def _search(
     # Where facts share a delta, it starts from the mean of their hidden states.
     start = torch.zeros(count, hidden.shape[1], dtype=wide, device=device).index_add(0, group, hidden)
     start /= torch.bincount(group)[:, None]
+    # The first tokens of a text can have states many times longer than all others; an edit of that length there
+    # would spoil ordinary text. So lengths are measured by the median over a fact's prompts, bare and behind prefixes.
+    length = torch.zeros(count, dtype=wide, device=device).index_add(0, group, batch.length)
+    length /= torch.bincount(group)
     best = torch.zeros_like(start)
     loss_of, steps_of = start.new_zeros(count), torch.zeros(count, dtype=torch.long, device=device)
     live = torch.arange(count, device=device)
@@ -135,7 +139,7 @@ def _search(
     for step in range(1, options.steps + 1):
         here = start[live]
         delta.requires_grad_(True)
-        loss, fit, likeliest = batch.loss(_applied(delta, here, options), here.norm(dim=1), options)
+        loss, fit, likeliest = batch.loss(_applied(delta, here, options), length[live], options)
         done = likeliest if options.stop == "argmax" else (fit if options.stop == "fit" else loss) < options.stop_loss
         if step == options.steps:
             done = torch.ones_like(done)
@@ -144,9 +148,9 @@ def _search(
             break
         (gradient,) = torch.autograd.grad(loss.sum(), delta)
         with torch.no_grad():
-            rate = options.lr * here.norm(dim=1, keepdim=True) / here.shape[1] ** 0.5
+            rate = options.lr * length[live, None] / here.shape[1] ** 0.5
             delta, first, second = _adam(delta, gradient, first, second, step, rate)
-            longest = options.clamp * here.norm(dim=1, keepdim=True)
+            longest = options.clamp * length[live, None]
             delta = delta * (longest / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
             if done.any():
                 live, delta, first, second = live[~done], delta[~done], first[~done], second[~done]
@@ -215,6 +219,7 @@ class _Batch:
         hidden: (rows, n, d_model), the edited layer's output from the lookup token on.
         group: of each row, its group among those that are left.
         bare: the row of each fact's bare prompt.
+        length: of each fact, the median length of the hidden states over its prompts.
         row, column, label, share: one entry a token to predict, with its weight in its group's loss.
         essence_row, essence_column, essence_share: one entry a ``{subject} is a``.
         original: (essences, vocabulary), log-probabilities after it in the model as it is.
@@ -225,6 +230,7 @@ class _Batch:
     hidden: Tensor
     group: Tensor
     bare: Tensor
+    length: Tensor
     row: Tensor
     column: Tensor
     label: Tensor
@@ -251,12 +257,14 @@ class _Batch:
         essence_row = torch.tensor([n for n, one in enumerate(rows) if not one.labels], device=device)
         essence_column = torch.tensor([len(one.tail) - 1 for one in rows if not one.labels], device=device)
         of_row = group[fact]
+        lengths = stretch.hidden[:, 0].to(wide).norm(dim=1)
         made = cls(
             parts=base.parts,
             stretch=stretch,
             hidden=stretch.hidden,
             group=of_row,
             bare=torch.tensor([0, *_starts(prepared)[:-1]], device=device),
+            length=torch.stack([part[:-1].median() for part in lengths.split([len(_rows(one)) for one in prepared])]),
             row=row,
             column=column,
             label=label,

@@ -34,7 +34,7 @@ class WriteOptions:
         energy: for ``nullspace``, the share of C's trace that stays untouched.
     """
 
-    weight: float = 0.2
+    weight: float = 1.0
     spread: solve.Spread = "even"
     constraint: Constraint = "none"
     energy: float = 0.98
