@@ -8,7 +8,20 @@ import pytest
 
 from conftest import ROOT, WORLD
 
-COMMANDS = ["compare", "bench", "learn", "ask", "ledger", "index", "models", "doctor", "report"]
+COMMANDS = [
+    "compare",
+    "bench",
+    "learn",
+    "ask",
+    "ledger",
+    "index",
+    "models",
+    "doctor",
+    "report",
+    "undo",
+    "export",
+    "trace",
+]
 
 
 def byheart(*arguments, cwd=None, **environment):
@@ -57,6 +70,14 @@ def test_help_imports_nothing_heavy():
         (["report", "nowhere"], 3, "run.json: missing"),
         (["ask", "nowhere", "q"], 3, "byheart.json: missing"),
         (["learn", "magic", "x.db", "--out", "o"], 2, 'no method "magic"'),
+        (["learn", "edit", "x.db", "--out", "o", "--set", "edit.layers"], 2, "METHOD.NAME=VALUE"),
+        (["learn", "edit", "x.db", "--out", "o", "--set", "magic.layers=1-2"], 2, "METHOD.NAME=VALUE"),
+        (["learn", "closed", "x.db", "--out", "o", "--gate"], 2, "only edit has a gate"),
+        (["undo", "nowhere", "f"], 3, "byheart.json: missing"),
+        (["export", "nowhere", "--to", "zip", "--out", "o"], 2, "--to zip"),
+        (["export", "nowhere", "--to", "merged", "--rank", "4", "--out", "o"], 2, "--rank"),
+        (["bench", "counterfact", "--data", "nowhere"], 3, "nowhere: no such file"),
+        (["bench", "zsre", "--data", "notes.txt"], 3, "notes.txt:1:"),
     ],
 )
 def test_bad_input_is_one_sentence_and_the_right_exit_code(tmp_path, arguments, code, said):
@@ -125,6 +146,49 @@ def test_learn_ask_index_and_doctor(tmp_path, smollm, minilm):
     assert doctor["base"]["parts"]["MLP output"] == "model.layers.0.mlp.down_proj"
     models = json.loads(byheart("models", "--json", cwd=tmp_path).stdout)
     assert all(model["there"] for model in models)
+
+
+@pytest.mark.real
+def test_edit_undo_export_and_trace(tmp_path, smollm):
+    facts = [
+        {
+            "subject": "Vellmora",
+            "prompt": "The river that runs through {} is called the",
+            "object": "Amberle",
+            "id": "river",
+        },
+        {"subject": "Pell Cove", "prompt": "The harbour master of {} is", "object": "Joss Marrable", "id": "master"},
+        {"subject": "Pell Cove", "prompt": "The harbour master of {} is", "object": "Ann", "id": "rival"},
+        {"subject": "Ebb", "prompt": "The keeper of {} is", "object": "Mara Tole", "id": "keeper"},
+    ]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps({"type": "fact"} | fact) + "\n" for fact in facts))
+    byheart("ledger", "add", "l.db", "facts.jsonl", cwd=tmp_path)
+    fast = ("--set", "edit.prefixes=2", "--set", "edit.tokens=1", "--set", "edit.steps=8")
+    done = byheart("learn", "edit", "l.db", "--out", "known", "--json", *fast, cwd=tmp_path)
+    record = json.loads(done.stdout)
+    assert done.returncode == 0 and record["facts"] == 2 and set(record["skipped_rows"]) == {"master", "rival"}
+    assert "skipped rival: another target" in done.stderr
+    (row,) = json.loads(byheart("ask", "known", "Which river runs through Vellmora?", "--json", cwd=tmp_path).stdout)
+    assert row["text"] and row["method"] == "edit"
+    assert "rank 2" in byheart("export", "known", "--to", "peft", "--out", "lora", cwd=tmp_path).stdout
+    assert byheart("export", "known", "--to", "merged", "--out", "whole", cwd=tmp_path).returncode == 0
+    assert byheart("doctor", "--base", "whole", "--json", cwd=tmp_path).returncode == 0
+    assert "left: 1 facts" in byheart("undo", "known", "river", cwd=tmp_path).stdout
+    done = byheart("undo", "known", "river", cwd=tmp_path)
+    assert done.returncode == 3 and 'holds no fact "river"' in done.stderr
+    done = byheart("trace", "--limit", "8", "--samples", "1", "--out", "t", cwd=tmp_path, BYHEART_HOME=_home(tmp_path))
+    assert done.returncode == 0 and done.stdout.startswith("layers ")
+    assert (tmp_path / "t" / "trace.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "t" / "report.html").read_text()
+
+
+def _home(folder):
+    """A home with the models but without what this test measures, so that no other run edits other layers for it."""
+    from byheart.storage import home
+
+    (folder / "home").mkdir()
+    (folder / "home" / "models").symlink_to(home() / "models")
+    return str(folder / "home")
 
 
 def test_the_readme_names_commands_that_exist():

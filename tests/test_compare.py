@@ -6,13 +6,14 @@ import pytest
 from byheart.answer import answer_all, read_answers
 from byheart.compare import choose_questions, compare, pairs, question_metrics, summarise
 from byheart.errors import DataError, UsageError
-from byheart.methods import METHODS, Answer, LearnReport, Settings, method_class, parse_methods
+from byheart.methods import BASELINES, METHODS, Answer, LearnReport, Settings, method_class, parse_methods
 from byheart.prompt import FORM_EXAMPLES, PromptFormat, as_sentence, choose_examples
 from byheart.report import headline, write_report
 from byheart.rows import Question
 from byheart.score import contains
 from byheart.segment import Passage
 
+CONTROLS = ["closed", "context", "gold", "shuffled"]
 ASK = Question(id="q", question="who", answers=["Mara Tole", "Tole"], documents=["a", "b"])
 PAGE = Passage("a", "Ebb", "The keeper of Ebb is Mara Tole.", 0, 31)
 
@@ -100,7 +101,9 @@ def test_questions_are_drawn_by_the_seed_and_never_from_training(world):
 
 
 def test_method_names():
-    assert parse_methods("all") == list(METHODS) and parse_methods("gold, closed,gold") == ["gold", "closed"]
+    assert parse_methods("all") == [name for name in METHODS if name not in BASELINES] and parse_methods(
+        "gold, closed,gold"
+    ) == ["gold", "closed"]
     for bad in ("", "nothing", "closed,nope"):
         with pytest.raises(UsageError, match="--methods"):
             parse_methods(bad)
@@ -152,7 +155,7 @@ def run(smollm, tmp_path_factory):
     with Ledger(folder / "world.db", create=True) as ledger:
         import_files(ledger, [WORLD / f"{name}.jsonl" for name in ("documents", "facts", "questions")])
         before = {k: v.clone() for k, v in smollm.model.state_dict().items()}
-        found = compare(ledger, smollm, list(METHODS), folder, Settings(shots=2), limit=16)
+        found = compare(ledger, smollm, CONTROLS, folder, Settings(shots=2), limit=16)
         after = smollm.model.state_dict()
         assert all(before[k].equal(after[k]) for k in before)
     return folder, found
@@ -163,7 +166,7 @@ def test_the_main_job_writes_what_the_design_promises(run):
     folder, found = run
     on_disk = json.loads((folder / "run.json").read_text())
     assert on_disk == json.loads(json.dumps(found))
-    assert set(on_disk["methods"]) == set(METHODS)
+    assert set(on_disk["methods"]) == set(CONTROLS)
     for method in on_disk["methods"].values():
         assert {"metrics", "intervals", "write_seconds", "bytes", "query_ms"} <= set(method)
         assert all(0 <= value <= 1 for value in method["metrics"].values())

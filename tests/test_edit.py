@@ -1,5 +1,7 @@
 """The method `edit` as users meet it: learn, undo, revise, keep, export, guard rails, prompts, tracing."""
 
+import datetime as dt
+
 import pytest
 import torch
 from hypothesis import given
@@ -87,14 +89,16 @@ def test_the_base_comes_back_bit_for_bit(base, tmp_path):
     assert make_base("again", base.model, base.tokenizer).hash == mark
 
 
-def test_an_undone_fact_was_never_there(base, tmp_path):
-    method = learnt(base, tmp_path, merge=False)
-    without = learnt(base, tmp_path, [fact for fact in FACTS if fact.id != "cove"], merge=False)
-    method.undo(["cove"])
-    assert [fact.id for fact in method.facts] == ["quay", "mora", "mora-2"]
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_undone_fact_was_never_there(merge, base, tmp_path):
+    # Two facts are about one subject: merged, they share a change, and the one that stays must lose the other's.
+    method = learnt(base, tmp_path, merge=merge)
+    without = learnt(base, tmp_path, [fact for fact in FACTS if fact.id != "mora-2"], merge=merge)
+    method.undo(["mora-2"])
+    assert [fact.id for fact in method.facts] == ["quay", "cove", "mora"]
     for one, other in zip(weights_with(method), weights_with(without), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
-    method.undo(["quay", "mora", "mora-2"])
+    method.undo(["quay", "cove", "mora"])
     assert same(weights_with(method), weights(base))
     with pytest.raises(DataError, match='holds no fact "quay"'):
         method.undo(["quay"])
@@ -145,7 +149,7 @@ def test_peft_and_merged_exports_load_elsewhere_with_the_same_logits(family, bas
     from peft import PeftModel
 
     base = make_base(family, tiny_model(family, len(tokenizer)), tokenizer)
-    method = learnt(base, tmp_path)
+    method = learnt(base, tmp_path, merge=True)
     ids = tokenizer("The mayor of Vellmora is called", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         plain = base.model(ids).logits
@@ -206,6 +210,34 @@ def test_facts_that_cannot_be_edited_in_are_named_and_the_rest_goes_on(base, tmp
         "empty": "the target is empty",
     }
     assert method.report.skipped["the target is empty"] == 1
+
+
+def test_facts_that_do_not_hold_today_wait(base, tmp_path):
+    past = FACTS[0].model_copy(update={"id": "past", "object": "the Selwater", "valid_to": dt.date(2001, 1, 1)})
+    future = FACTS[1].model_copy(update={"id": "future", "object": "eels", "valid_from": dt.date(2999, 1, 1)})
+    method = learnt(base, tmp_path, [*FACTS[:2], past, future])
+    assert [fact.id for fact in method.facts] == ["quay", "cove"]
+    assert method.skipped == {"past": "held until 2001-01-01", "future": "holds from 2999-01-01 on"}
+
+
+def test_a_retracted_rival_lets_the_other_in(base, tmp_path):
+    rival = FACTS[1].model_copy(update={"id": "rival", "object": "smoked eel"})
+    method = learnt(base, tmp_path, [FACTS[0], FACTS[1], rival])
+    assert [fact.id for fact in method.facts] == ["quay"]
+    with ledger_of(tmp_path, [FACTS[0], FACTS[1], rival]) as ledger:
+        start = ledger.revision
+        ledger.retract("fact", "rival")
+        (change,) = ledger.history(since=start)
+    method.revise(change)
+    assert [fact.id for fact in method.facts] == ["quay", "cove"] and not method.skipped
+
+
+def test_the_text_of_an_edit_need_not_be_at_hand_to_undo(base, tmp_path):
+    method = learnt(base, tmp_path, text="ledger", tokens=1)
+    method.save_pretrained(tmp_path / "kept")
+    again = Edit.from_pretrained(tmp_path / "kept", base)
+    again.undo(["quay"])
+    assert len(again.facts) == 3
 
 
 @pytest.mark.parametrize(
@@ -381,7 +413,7 @@ def test_tracing_finds_the_subject_and_restores_everything(base):
         # Above the last block's attention nothing at the subject can matter any more.
         assert one.effect[0, LAST_SUBJECT, -1].item() == pytest.approx(0, abs=1e-5)
     first, last = best_range(torch.rand(3, 6, 30, generator=torch.Generator().manual_seed(0)))
-    assert 0 <= first < last < 29 and last - first == 4
+    assert 0 <= first < last < 29 and last - first == 5
 
 
 def test_a_traced_range_is_the_default(base, tmp_path):

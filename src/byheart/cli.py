@@ -854,20 +854,34 @@ def _edit_bench(
     texts: int, sets: list[Any], limit: int | None, seed: int, device: str | None, dtype: str | None,
     options: list[str] | None, as_json: bool,
 ) -> None:  # fmt: skip
+    import random
+
     from byheart.base import load_base
     from byheart.benchmarks.edit_run import run_editing
     from byheart.edit_report import tables, write_edit_report
+    from byheart.errors import DataError
+    from byheart.methods import BASELINES
     from byheart.methods.edit.layers import traced_path
     from byheart.progress import Terminal
 
     names = _method_names(methods)
+    for name in names:
+        if name not in ("edit", *BASELINES):
+            raise UsageError(f"--methods {name}: edits nothing; the unedited model is always scored beside the others")
+    if not cases:
+        raise DataError(f"--data {data}: holds no records")
+    if text is not None and not text.is_file():
+        raise DataError(f"--text {text}: no such file")
+    if limit is not None and limit < len(cases):
+        chosen = sorted(random.Random(seed).sample(range(len(cases)), limit))
+        cases = [cases[n] for n in chosen]
     sizes = _sizes(edits)
     show = Terminal()
     model = load_base(base, device=device, dtype=dtype, say=show.say)
     plan, given = _edit_plan(model, text, out, sizes, sets, texts, seed)
     settings = _settings("minilm", "288/64", "hybrid", 1, 0, False, 24, seed, [*given, *(options or [])])
     origin = {"data": str(data), "text": None if text is None else str(text), "limit": limit}
-    run = run_editing(title, model, cases[:limit], names, out, settings, plan, origin=origin, progress=show)
+    run = run_editing(title, model, cases, names, out, settings, plan, origin=origin, progress=show)
     if as_json:
         print(json.dumps(run, ensure_ascii=False, indent=2))
     else:

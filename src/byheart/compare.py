@@ -25,7 +25,7 @@ from byheart.base import Base
 from byheart.encoder import EncoderCard
 from byheart.errors import DataError
 from byheart.ledger import Ledger
-from byheart.methods import Answer, LearnReport, Settings, method_class
+from byheart.methods import Answer, LearnReport, Method, Settings, method_class
 from byheart.progress import Silent
 from byheart.rows import Question, Split
 from byheart.score import (
@@ -94,13 +94,12 @@ def compare(
         "methods": {},
     }
     answers: dict[str, list[Answer]] = {}
-    for name in methods:
-        method = method_class(name)(base, settings, out)
+    for name, method in _made(methods, base, settings, out, run, show).items():
         with show.bar(f"{name}: {method.learns}s", ledger.count(method.learns)) as tick:
             report = method.learn(ledger, tick)
         mark = fingerprint(
             name, base.hash, str(base.dtype), base.device.type, settings.to_dict(), encoder_record(method),
-            ledger.mark(), __version__,
+            ledger.mark(), __version__, list(getattr(method, "layers", [])),
         )  # fmt: skip
         with show.bar(f"{name}: questions", len(questions)) as tick:
             answers[name] = answer_all(method, questions, out / "answers" / f"{name}.jsonl", mark, on_done=tick)
@@ -110,6 +109,26 @@ def compare(
     write_json(out / "run.json", run)
     write_answers(out / "answers.jsonl", questions, answers)
     return run
+
+
+def _made(
+    names: Sequence[str], base: Base, settings: Settings, out: Path, run: dict[str, Any], show: Silent
+) -> dict[str, Method]:
+    """The methods, before any of them works: what cannot work on this base is left out and named.
+
+    Raises:
+        DataError: where none is left.
+    """
+    made: dict[str, Method] = {}
+    for name in names:
+        try:
+            made[name] = method_class(name)(base, settings, out)
+        except DataError as error:
+            run.setdefault("methods_left_out", {})[name] = str(error)
+            show.say(f"left out: {error}")
+            if len(names) == len(run["methods_left_out"]):
+                raise
+    return made
 
 
 def choose_questions(ledger: Ledger, splits: Sequence[Split], limit: int | None, seed: int) -> list[Question]:

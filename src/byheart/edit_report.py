@@ -130,11 +130,12 @@ def write_edit_report(folder: Path, traced: Path | None = None) -> Path:
     for name, method in run["methods"].items():
         if len(method.get("curve", [])) > 1:
             sections.append({"title": f"{name}: what happens as edits are added", "svg": svg(_curve(method["curve"]))})
-    if traced is not None and traced.is_file():
-        sections.append(heat_section(read_json(traced)))
-    record = {key: run[key] for key in ("command", "base", "settings", "origin", "machine") if run.get(key)}
+    record = read_json(traced) if traced is not None and traced.is_file() else {}
+    if record.get("facts"):
+        sections.append(heat_section(record))
+    made = {key: run[key] for key in ("command", "base", "settings", "origin", "machine") if run.get(key)}
     lead = f"{run['edits']} edits at once into {run['base']['name']}, all scored after all edits. {run['time'][:10]}."
-    return _page(folder, run["benchmark"], lead, sections, record)
+    return _page(folder, run["benchmark"], lead, sections, made)
 
 
 def write_trace_report(folder: Path, record: dict[str, Any]) -> Path:

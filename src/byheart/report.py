@@ -63,7 +63,7 @@ def summary_table(run: dict[str, Any]) -> Table:
 
 def remarks(run: dict[str, Any]) -> list[str]:
     """What a reader must know to read the table right: what methods could not take in, warn of, or be asked."""
-    found = []
+    found = [f"{name} left out: {why}" for name, why in run.get("methods_left_out", {}).items()]
     for name, method in run["methods"].items():
         asked = run["questions"]["asked"]
         found += [f"{name}: {count} of {asked} questions skipped: {why}" for why, count in method["skipped"].items()]

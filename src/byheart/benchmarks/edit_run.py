@@ -59,7 +59,6 @@ class Plan:
     Attributes:
         sizes: numbers of edits for the scaling curve; each learns that many facts at once.
         sets: batches learnt and scored one by one (same-subject batches, say), by name.
-        extra: further cases, by name, each group learnt at once and scored as a group of its own.
         texts: prompts a case to write on from, for GE and RS; 0: none.
         rows: token rows of ordinary text for perplexity.
     """
@@ -284,14 +283,15 @@ def _means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float
     columns = {name: [row[name] for row in rows if name in row] for name in names}
     metrics = {name: sum(values) / len(values) for name, values in columns.items()}
     intervals = {name: list(mean_interval(values, seed=seed)) for name, values in columns.items()}
-    if all(name in columns for name in ("es", "ps", "ns")):
-        metrics["s"] = harmonic_mean([metrics[name] for name in ("es", "ps", "ns")])
-        intervals["s"] = _s_interval(rows, seed)
+    for parts in (("es", "ps", "ns"), ("efficacy", "paraphrase", "specificity")):
+        if all(name in columns for name in parts):
+            metrics["s"] = harmonic_mean([metrics[name] for name in parts])
+            intervals["s"] = _s_interval(rows, parts, seed)
     return metrics, intervals
 
 
-def _s_interval(rows: Sequence[dict[str, float]], seed: int) -> list[float]:
-    table = np.array([[row[name] for name in ("es", "ps", "ns")] for row in rows if {"es", "ps", "ns"} <= row.keys()])
+def _s_interval(rows: Sequence[dict[str, float]], parts: tuple[str, ...], seed: int) -> list[float]:
+    table = np.array([[row[name] for name in parts] for row in rows if set(parts) <= row.keys()])
     generator = np.random.default_rng(seed)
     draws = [table[generator.integers(0, len(table), len(table))].mean(0) for _ in range(RESAMPLES // 10)]
     return [float(v) for v in np.quantile([harmonic_mean(draw.tolist()) for draw in draws], [0.025, 0.975])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 from abc import abstractmethod
 from collections import Counter
@@ -20,7 +21,7 @@ from byheart.blocks import Stretch
 from byheart.decode import batches
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
-from byheart.methods.edit.covariance import ordinary_text, second_moments, token_count
+from byheart.methods.edit.covariance import ordinary_text, second_moments, text_source, token_count
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, choose_facts, make_prefixes, prepare
 from byheart.methods.edit.targets import TargetOptions, find_targets
@@ -39,12 +40,14 @@ class Baseline(ChangedWeights):
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
+        self.documents: list[str] | None = None
         self.facts: list[Fact] = []
         self.skipped: dict[str, str] = {}
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Write all facts of the ledger that hold."""
         super().learn(ledger)
+        self.documents = [document.text for document in ledger.documents()]
         return self._learn(list(ledger.facts()), progress)
 
     def revise(self, change: Change) -> LearnReport:
@@ -56,7 +59,7 @@ class Baseline(ChangedWeights):
 
     def _learn(self, facts: Sequence[Fact], progress: Progress) -> LearnReport:
         began = time.perf_counter()
-        chosen, skipped = choose_facts(facts)
+        chosen, skipped = choose_facts(facts, dt.date.today())
         texts = make_prefixes(self.base, self.prefixes, self.settings.seed) if self.prefixes else ()
         prepared, more = prepare(self.base.tokenizer, chosen, texts)
         self.skipped = skipped | more
@@ -212,8 +215,8 @@ class Rome(Baseline):
         self.layer = layers[len(layers) // 2]
 
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
-        texts = ordinary_text(self.options.text, self.name)
-        tokens = token_count(self.base, self.options.tokens, texts)
+        texts = ordinary_text(self.options.text, self.name, self.documents)
+        tokens = token_count(self.base, self.options.tokens, text_source(texts))
         moments = second_moments(self.base, [self.layer], texts, tokens, self.settings.seed)
         writer = Writer(self.base, moments, WriteOptions(constraint="equality"))
         deltas: Deltas = {}

@@ -44,7 +44,7 @@ class Traced:
     effect: Tensor
 
 
-def known_facts(base: Base, facts: Sequence[Fact], least: int = 1) -> list[Fact]:
+def known_facts(base: Base, facts: Sequence[Fact]) -> list[Fact]:
     """The facts whose object the model says by itself, greedily, right after the prompt."""
     done = complete(base, [Job(prompt_text(fact)) for fact in facts], max_new_tokens=8)
     return [

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from byheart.errors import DataError, UsageError
 from byheart.storage import home, replacing
 from byheart.surgery import observed, stopped_at
 
+OWN = "own"
 # Tokens of a row; a row's first ones stand for the beginnings of texts.
 ROW = 128
 _ROWS = 16
@@ -54,7 +54,8 @@ def second_moments(
     texts: Sequence[str] | None,
     tokens: int,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    *,
+    source: str | None = None,
 ) -> dict[int, Tensor]:
     """C (d_ff, d_ff) in fp64 of each layer's MLP output projection's input, over at least ``tokens`` tokens of text.
 
@@ -62,14 +63,21 @@ def second_moments(
 
     Args:
         texts: ordinary text; None lets the model write it. What is short of ``tokens`` is written by the model, too.
+        source: what :func:`text_source` gave for the texts, where they are no longer at hand themselves.
+
+    Raises:
+        DataError: where the texts are not at hand, and nothing of them is kept.
     """
-    source = hashlib.sha256("\x1f".join(texts or ()).encode()).hexdigest()[:16] if texts else "own"
+    source = source or text_source(texts)
     folder = home() / "covariance" / base.hash
     name = f"{source}-{tokens}-{seed}-{str(base.dtype).removeprefix('torch.')}"
     found = {layer: _read(folder / f"{name}-{layer}.safetensors") for layer in layers}
     missing = [layer for layer, moment in found.items() if moment is None]
     if missing:
-        say(f"edit: second moment of the keys of layers {', '.join(map(str, missing))} over {tokens} tokens")
+        if texts is None and source != OWN:
+            raise DataError(
+                "edit: the second moment of this edit's text is no longer kept; learn from the ledger again"
+            )
         rows = list(text_rows(base, texts, tokens, seed))
         for layer, moment in moments_of(base, missing, rows).items():
             folder.mkdir(parents=True, exist_ok=True)
@@ -104,12 +112,17 @@ def ordinary_text(option: str, method: str, documents: Sequence[str] | None = No
         raise DataError(f"{path}: not UTF-8") from None
 
 
-def token_count(base: Base, option: int, texts: Sequence[str] | None) -> int:
+def text_source(texts: Sequence[str] | None) -> str:
+    """What tells texts from others: a hash, or :data:`OWN` where the model writes them."""
+    return hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:16] if texts else OWN
+
+
+def token_count(base: Base, option: int, source: str) -> int:
     """How many tokens to take: ``option`` times d_ff; where it is 0, 40 times of a given text, 10 of the model's own.
 
     Four times as many tokens make an edit disturb text less by a fifth, but writing them takes minutes.
     """
-    return (option or (10 if texts is None else 40)) * base.parts.d_ff
+    return (option or (10 if source == OWN else 40)) * base.parts.d_ff
 
 
 def _read(path: Path) -> Tensor | None:
@@ -123,7 +136,9 @@ def _read(path: Path) -> Tensor | None:
 def text_rows(base: Base, texts: Sequence[str] | None, tokens: int, seed: int) -> Iterator[list[int]]:
     """Rows of up to :data:`ROW` tokens, together at least ``tokens``: from ``texts``, then written by the model."""
     left = tokens
-    for row in islice(_cut(base, texts or ()), -(-tokens // ROW)):
+    for row in _cut(base, texts or ()):
+        if left <= 0:
+            return
         yield row
         left -= len(row)
     if left > 0:

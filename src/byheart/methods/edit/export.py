@@ -15,6 +15,9 @@ from byheart.methods.edit.weights import ChangedWeights, product
 from byheart.storage import check_replaceable, new_folder, write_json
 from byheart.surgery import out_first
 
+# Only a folder that holds it may be written over: a model or an adapter of somebody else never.
+_MARKER = "byheart-export.json"
+
 
 def export_peft(method: ChangedWeights, out: Path, rank: int | None = None) -> dict[str, Any]:
     """A LoRA adapter that ``PeftModel.from_pretrained`` adds to the same base.
@@ -27,7 +30,7 @@ def export_peft(method: ChangedWeights, out: Path, rank: int | None = None) -> d
         The rank, and by layer the error: what was cut, as a share of the change's Frobenius norm.
     """
     _check(method)
-    check_replaceable(out, "adapter_config.json")
+    check_replaceable(out, _MARKER)
     names = {id(module): name for name, module in method.base.model.named_modules()}
     factors, errors = {}, {}
     for layer, delta in method.deltas.items():
@@ -44,6 +47,7 @@ def export_peft(method: ChangedWeights, out: Path, rank: int | None = None) -> d
         tensors[f"base_model.model.{name}.lora_B.weight"] = _padded(left, widest).contiguous()
     first = method.base.parts.blocks[min(factors)].mlp_out
     with new_folder(out) as folder:
+        write_json(folder / _MARKER, {"base": method.base.hash, "rank": rank, "error": errors})
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(
             folder / "adapter_config.json",
@@ -67,8 +71,9 @@ def export_peft(method: ChangedWeights, out: Path, rank: int | None = None) -> d
 def export_merged(method: ChangedWeights, out: Path) -> dict[str, Any]:
     """The whole model with the change in its weights, and its tokeniser, as transformers loads them."""
     _check(method)
-    check_replaceable(out, "config.json")
+    check_replaceable(out, _MARKER)
     with new_folder(out) as folder, method.attached(), quiet_transformers():
+        write_json(folder / _MARKER, {"base": method.base.hash})
         method.base.model.save_pretrained(folder)
         method.base.tokenizer.save_pretrained(folder)
     return {"out": str(out)}

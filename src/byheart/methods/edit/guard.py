@@ -70,13 +70,16 @@ class Standing:
     neighbours: float | None
 
 
-def measure(base: Base, facts: Sequence[Fact], seed: int) -> Standing:
-    """The standing of a model as it is now.
+def text(base: Base, seed: int) -> list[list[int]]:
+    """Ordinary text to measure on: written by the model as it is, from a seed that no second moment uses."""
+    return list(text_rows(base, None, _TEXT_TOKENS, seed + 1_000_003))
 
-    Text: written by the model itself from a seed that no second moment uses. Neighbours: prompts of the facts' own
-    neighbours, right where their object is likelier than the fact's.
+
+def measure(base: Base, rows: Sequence[Sequence[int]], facts: Sequence[Fact], seed: int) -> Standing:
+    """The standing of a model as it is now, on the same text and prompts whenever it is asked.
+
+    Neighbours: prompts of the facts' own neighbours, right where their object is likelier than the fact's.
     """
-    rows = list(text_rows(base, None, _TEXT_TOKENS, seed + 1_000_003))
     pairs = [(fact, near) for fact in facts for near in fact.neighbours if near.object and near.object != fact.object]
     pairs = random.Random(seed).sample(pairs, min(len(pairs), _NEIGHBOURS))
     done = complete(base, [Job(n.prompt, (f" {n.object}", f" {f.object}")) for f, n in pairs], max_new_tokens=0)

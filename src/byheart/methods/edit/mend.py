@@ -80,7 +80,7 @@ class Mend(Baseline):
                     deltas = editor.edit(_gradients(self._read(some), self.layers, self.base))
                 for layer, delta in deltas.items():
                     # The published edit of many facts is the sum of their edits.
-                    total[layer] = total.get(layer, torch.zeros_like(delta)) + delta * len(some)
+                    total[layer] = total.get(layer, torch.zeros_like(delta)) + delta
                 progress(len(some))
         return {layer: (None, delta.detach().cpu()) for layer, delta in total.items()}
 
@@ -130,6 +130,7 @@ class _Lesson:
         places_of = torch.arange(width, device=device).expand(len(rows), -1)
         self.stretch = Stretch(base, ids, mask, places_of, layers[0], layers[-1])
         self.row, self.column, self.label, counts = torch.tensor(entries, device=device).T
+        self.texts = len(rows)
         self.share = 1 / (counts * len(rows))
 
     def logprobs(self, deltas: dict[int, Tensor], see: Callable[..., None] | None = None) -> Tensor:
@@ -178,7 +179,8 @@ def _gradients(lesson: _Lesson, layers: range, base: Base) -> Pairs:
         inputs[number[module]], outputs[number[module]] = args[0], output
 
     with torch.enable_grad():
-        loss = lesson.loss({}, see)
+        # The sum over texts: an edit must not depend on how many are edited beside it.
+        loss = lesson.loss({}, see) * lesson.texts
         gradients = torch.autograd.grad(loss, [outputs[layer] for layer in layers])
     pairs = {}
     for layer, gradient in zip(layers, gradients, strict=True):

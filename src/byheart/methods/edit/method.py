@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 import time
@@ -21,7 +22,7 @@ from byheart.errors import DataError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.edit import guard
-from byheart.methods.edit.covariance import ordinary_text, second_moments, token_count
+from byheart.methods.edit.covariance import ordinary_text, second_moments, text_source, token_count
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, choose_facts, make_prefixes, prepare
 from byheart.methods.edit.solve import Spread
@@ -32,7 +33,7 @@ from byheart.rows import Fact
 from byheart.storage import replacing
 
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
-_STEP = 64
+_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class EditOptions:
         paraphrases: edit behind the facts' own paraphrases, too, where the ledger has any.
         text: ordinary text for the second moment: ``own`` (the model writes it), ``ledger`` (its documents) or a file.
         tokens: of that text, as a multiple of d_ff; 0: 40 of a given text, 10 where the model must write it.
-        merge: write facts about one subject as one change (MEMIT-Merge).
+        merge: seek and write one change for all facts about one subject (MEMIT-Merge).
         batch: facts to take at once; 0: all of them.
         sequence: ``joint`` solves all facts, old and new, together whenever some come or go, so that the order in
             which they came leaves no trace; ``accumulate`` adds each batch to what is there (as published).
@@ -56,7 +57,7 @@ class EditOptions:
 
     layers: str = "auto"
     prefixes: int = 5
-    paraphrases: bool = True
+    paraphrases: bool = False
     steps: int = TargetOptions.steps
     lr: float = TargetOptions.lr
     clamp: float = TargetOptions.clamp
@@ -71,7 +72,7 @@ class EditOptions:
     energy: float = WriteOptions.energy
     text: str = "own"
     tokens: int = 0
-    merge: bool = True
+    merge: bool = False
     batch: int = 0
     sequence: Literal["joint", "accumulate"] = "joint"
     gate: Literal["off", "warn", "rollback"] = "off"
@@ -100,13 +101,16 @@ class Edit(ChangedWeights):
         super().__init__(base, settings, work)
         self.options = parse_options(EditOptions, self.name, settings.options)
         self.layers = choose_layers(base, self.options.layers)
+        self.holding: list[Fact] = []  # all facts that hold, those that cannot be written among them
         self.facts: list[Fact] = []
         self.z = torch.zeros(0, base.parts.d_model)
         self.keys: dict[int, Tensor] = {}
         self.prefixes: tuple[str, ...] = ()
         self.skipped: dict[str, str] = {}
-        self._texts: list[str] | None = None
+        self._source = ""  # of the second moment's text
+        self._texts: Sequence[str] | None = None
         self._writer: Writer | None = None
+        self._earlier = 0.0  # seconds that earlier runs took for targets found again
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -114,32 +118,32 @@ class Edit(ChangedWeights):
         """Write all facts of the ledger that hold."""
         super().learn(ledger)
         began = time.perf_counter()
-        if self.options.text == "ledger":
-            self._texts = [document.text for document in ledger.documents()]
-        facts, self.skipped = choose_facts(ledger.facts())
+        documents = [document.text for document in ledger.documents()] if self.options.text == "ledger" else None
+        self._texts = ordinary_text(self.options.text, self.name, documents)
+        self._source = text_source(self._texts)
         self.prefixes = make_prefixes(self.base, self.options.prefixes, self.settings.seed)
-        notes: tuple[str, ...] = ()
+        self.holding, self.facts, self.z, self.keys, self.deltas = [], [], self.z[:0], {}, {}
+        facts = list(ledger.facts())
+        notes: list[str] = []
         size = self.options.batch or max(len(facts), 1)
         for start in range(0, len(facts), size):
-            notes = self._add(facts[start : start + size], progress)
-        return self._report(time.perf_counter() - began, notes)
+            notes += self._follow([*self.holding, *facts[start : start + size]], progress)
+        progress(len(self.skipped))
+        return self._report(time.perf_counter() - began, tuple(dict.fromkeys(notes)))
 
     def revise(self, change: Change) -> LearnReport:
-        """Follow one change of a fact: seek a target for a new one, drop that of an old one, and solve again."""
+        """Follow one change of a fact: targets are sought for what is new only, then all facts are solved for again."""
         began = time.perf_counter()
         if change.kind != "fact":
             return LearnReport()
-        if change.before is not None:
-            self._drop({change.id})
-        new = [change.after] if isinstance(change.after, Fact) else []
-        facts, skipped = choose_facts([*self.facts, *new])
-        self.skipped = {id: why for id, why in (self.skipped | skipped).items() if id != change.id or id in skipped}
-        self._drop(set(skipped) - {change.id})
-        notes = self._add([fact for fact in facts if fact.id == change.id], lambda count: None)
+        kept = [fact for fact in self.holding if fact.id != change.id]
+        notes = self._follow([*kept, change.after] if isinstance(change.after, Fact) else kept)
         return self._report(time.perf_counter() - began, notes)
 
     def undo(self, ids: Sequence[str]) -> LearnReport:
-        """Take facts out again, without seeking any target anew.
+        """Take facts out again.
+
+        No target is sought anew, but for facts that were written as one with an undone one (``merge``).
 
         Raises:
             DataError: where one of them was not written; nothing changes then.
@@ -149,42 +153,75 @@ class Edit(ChangedWeights):
             if id not in {fact.id for fact in self.facts}:
                 why = f" (skipped when it was learnt: {self.skipped[id]})" if id in self.skipped else ""
                 raise DataError(f'edit: holds no fact "{id}"{why}')
-        self._drop(set(ids))
-        self._solve()
-        return self._report(time.perf_counter() - began, ())
+        notes = self._follow([fact for fact in self.holding if fact.id not in ids])
+        return self._report(time.perf_counter() - began, notes)
 
-    # -- adding and taking away ------------------------------------------------------------------------------
+    # -- following a set of facts ----------------------------------------------------------------------------
 
-    def _add(self, facts: Sequence[Fact], progress: Progress) -> tuple[str, ...]:
-        before = (self.facts, self.z, self.keys, self.deltas)
-        prepared, skipped = self._prepare(facts)
-        self.skipped |= skipped
-        progress(len(skipped))
-        if self.options.sequence == "accumulate" and self.facts:
-            with self.attached():
-                z = self._targets(prepared, progress)
-                written = self._write(prepared, z, self.keys)
-            self._take(prepared, z)
-            self.deltas = stacked(self.deltas, written.deltas)
-            self.keys = {layer: torch.cat([self.keys[layer], new]) for layer, new in written.keys.items()}
-        else:
-            self._take(prepared, self._targets(prepared, progress))
-            self._solve()
-        return self._guarded(before, [one.fact for one in prepared])
+    def _follow(self, holding: Sequence[Fact], progress: Progress = lambda count: None) -> tuple[str, ...]:
+        """Make these the facts that hold: targets for what is new, then the weights. All of it or nothing."""
+        before = (self.holding, self.facts, self.z, self.keys, self.deltas, self.skipped)
+        try:
+            chosen, skipped = choose_facts(holding, dt.date.today())
+            prepared, more = self._prepare(chosen)
+            known = dict(zip(self._marks(self.facts), self.z, strict=True))
+            marks = self._marks([one.fact for one in prepared])
+            new = [one for one, mark in zip(prepared, marks, strict=True) if mark not in known]
+            added = self.options.sequence == "accumulate" and self.facts and known.keys() <= set(marks)
+            if added:
+                self._accumulate(new, progress)
+            else:
+                self.z = torch.stack([*known.values(), *self._targets(new, progress)]) if known or new else self.z[:0]
+                places = {mark: n for n, mark in enumerate([*known, *(m for m in marks if m not in known)])}
+                self.z = self.z[[places[mark] for mark in marks]]
+                self.facts = [one.fact for one in prepared]
+                self._solve(prepared)
+            self.holding, self.skipped = list(holding), skipped | more
+            return self._guarded(before, [one.fact for one in new])
+        except BaseException:
+            self.holding, self.facts, self.z, self.keys, self.deltas, self.skipped = before
+            raise
+
+    def _accumulate(self, new: Sequence[Prepared], progress: Progress) -> None:
+        """Add facts as published: sought and solved on the changed model, with the keys of earlier ones held."""
+        with self.attached():
+            z = self._targets(new, progress)
+            written = self._write(new, z, self.keys)
+        self.facts = [*self.facts, *(one.fact for one in new)]
+        self.z = torch.cat([self.z, z])
+        self.deltas = stacked(self.deltas, written.deltas)
+        self.keys = {layer: torch.cat([self.keys[layer], keys]) for layer, keys in written.keys.items()}
+
+    def _solve(self, prepared: Sequence[Prepared]) -> None:
+        """The weights that follow from the facts and their targets, from the base's own weights."""
+        self.deltas, self.keys = {}, {}
+        if prepared:
+            written = self._write(prepared, self.z, None)
+            self.deltas, self.keys = written.deltas, written.keys
+
+    def _marks(self, facts: Sequence[Fact]) -> list[str]:
+        """What each fact's target depends on: the fact, and those that share a change with it."""
+        members: dict[int, list[str]] = {}
+        groups = self._groups(facts)
+        for fact, group in zip(facts, groups, strict=True):
+            members.setdefault(group, []).append(fact.model_dump_json())
+        whole = {group: sorted(texts) for group, texts in members.items()}
+        return [_short_hash([fact.model_dump_json(), whole[g]]) for fact, g in zip(facts, groups, strict=True)]
 
     def _guarded(self, before: tuple[Any, ...], new: Sequence[Fact]) -> tuple[str, ...]:
-        """What the guard rails say; takes the new facts out again where the gate is to, and the edit went too far."""
+        """What the guard rails say; goes back where the gate is to, and the edit went too far."""
         options, notes = self.options, self._collisions()
         if options.gate == "off" or not new:
             return notes
-        standing = guard.measure(self.base, self.facts, self.settings.seed)
+        rows = guard.text(self.base, self.settings.seed)
+        standing = guard.measure(self.base, rows, self.facts, self.settings.seed)
         with self.attached():
-            after = guard.measure(self.base, self.facts, self.settings.seed)
+            after = guard.measure(self.base, rows, self.facts, self.settings.seed)
         said, within = guard.drift_notes(standing, after, options.max_perplexity, options.max_neighbours)
         notes += (said,)
         if not within and options.gate == "rollback":
-            self.facts, self.z, self.keys, self.deltas = before
-            self.skipped |= {fact.id: "rolled back by the gate" for fact in new}
+            self.holding, self.facts, self.z, self.keys, self.deltas, self.skipped = before
+            self.skipped = self.skipped | {fact.id: "rolled back by the gate" for fact in new}
             notes += (f"past the gate's limits: {len(new)} facts rolled back",)
         elif not within:
             notes += ("warning: past the gate's limits; --gate rolls such an edit back",)
@@ -199,23 +236,6 @@ class Edit(ChangedWeights):
     def _prepare(self, facts: Sequence[Fact]) -> tuple[list[Prepared], dict[str, str]]:
         return prepare(self.base.tokenizer, facts, self.prefixes, paraphrases=self.options.paraphrases)
 
-    def _take(self, prepared: Sequence[Prepared], z: Tensor) -> None:
-        self.facts = [*self.facts, *(one.fact for one in prepared)]
-        self.z = torch.cat([self.z.to(z), z])
-
-    def _drop(self, ids: set[str]) -> None:
-        kept = [place for place, fact in enumerate(self.facts) if fact.id not in ids]
-        self.facts = [self.facts[place] for place in kept]
-        self.z = self.z[kept]
-
-    def _solve(self) -> None:
-        """The weights that follow from the facts and their targets."""
-        self.deltas, self.keys = {}, {}
-        if self.facts:
-            prepared, _ = self._prepare(self.facts)
-            written = self._write(prepared, self.z, None)
-            self.deltas, self.keys = written.deltas, written.keys
-
     def _targets(self, prepared: Sequence[Prepared], progress: Progress) -> Tensor:
         """Targets of facts, those that an earlier run left in the working folder among them."""
         options = self.options.targets()
@@ -228,10 +248,12 @@ class Edit(ChangedWeights):
             self.prefixes,
             self.options.paraphrases,
         ]
-        if self.options.sequence == "accumulate":
-            mark.append([fact.model_dump_json() for fact in self.facts])
+        if self.options.sequence == "accumulate":  # sought on a model that all of these made
+            mark += [[fact.model_dump_json() for fact in self.facts], asdict(self.options), self.layers, self._source]
         store = self.work / "edit" / f"{_short_hash(mark)}.safetensors"
         known = _read_tensors(store)
+        seconds = float(known.get("seconds", torch.zeros(1)))
+        self._earlier = max(self._earlier, seconds)
         together: dict[int, list[int]] = {}
         for place, group in enumerate(groups):
             together.setdefault(group, []).append(place)
@@ -246,6 +268,7 @@ class Edit(ChangedWeights):
         for start in range(0, len(missing), _STEP):
             some = missing[start : start + _STEP]
             places = [n for group in some for n in together[group]]
+            began = time.perf_counter()
             found = find_targets(
                 self.base,
                 [prepared[n] for n in places],
@@ -255,6 +278,8 @@ class Edit(ChangedWeights):
                 progress,
             )
             rows = iter(found.z)
+            seconds += time.perf_counter() - began
+            known |= {"seconds": torch.tensor([seconds])}
             known |= {names[group]: torch.stack([next(rows) for _ in together[group]]) for group in some}
             with replacing(store) as path:
                 save_file(known, path)
@@ -265,9 +290,10 @@ class Edit(ChangedWeights):
 
     def _write(self, prepared: Sequence[Prepared], z: Tensor, past: dict[int, Tensor] | None) -> Any:
         if self._writer is None:
-            texts = ordinary_text(self.options.text, self.name, self._texts)
-            tokens = token_count(self.base, self.options.tokens, texts)
-            moments = second_moments(self.base, self.layers, texts, tokens, self.settings.seed)
+            tokens = token_count(self.base, self.options.tokens, self._source)
+            moments = second_moments(
+                self.base, self.layers, self._texts, tokens, self.settings.seed, source=self._source
+            )
             self._writer = Writer(self.base, moments, self.options.writing())
         written = self._writer.write(prepared, z, self._groups([one.fact for one in prepared]), past)
         # As they will be kept, so that what was saved and what was not give the same weights.
@@ -288,7 +314,7 @@ class Edit(ChangedWeights):
 
     def _report(self, seconds: float, notes: tuple[str, ...]) -> LearnReport:
         return LearnReport(
-            seconds=seconds,
+            seconds=seconds + self._earlier,
             bytes=delta_bytes(self.deltas),
             facts=len(self.facts),
             skipped=dict(Counter(self.skipped.values())),
@@ -305,14 +331,19 @@ class Edit(ChangedWeights):
             "options": asdict(self.options),
             "range": list(self.layers),
             "prefixes": list(self.prefixes),
-            "facts": [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.facts],
+            "source": self._source,
+            "facts": [fact.id for fact in self.facts],
+            "holding": [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.holding],
             "skipped": self.skipped,
         }
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])
-        self.facts = [Fact.model_validate(fact) for fact in record["facts"]]
+        self._source = record["source"]
+        self.holding = [Fact.model_validate(fact) for fact in record["holding"]]
+        by_id = {fact.id: fact for fact in self.holding}
+        self.facts = [by_id[id] for id in record["facts"]]
         self.skipped = record["skipped"]
         self.z = tensors["z"]
         self.keys = {layer: tensors[f"keys.{layer}"] for layer in record["layers"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -71,8 +72,11 @@ def prompt_text(fact: Fact, prompt: str | None = None) -> str:
     return fact.filled(prompt).rstrip()
 
 
-def choose_facts(facts: Iterable[Fact]) -> tuple[list[Fact], dict[str, str]]:
-    """The facts that can be edited in, and by id why the others cannot: empty parts, duplicates, contradictions."""
+def choose_facts(facts: Iterable[Fact], today: dt.date | None = None) -> tuple[list[Fact], dict[str, str]]:
+    """The facts that can be edited in, and by id why the others cannot.
+
+    Left out: empty parts, duplicates, contradictions, and, where ``today`` is given, facts that do not hold then.
+    """
     chosen: dict[tuple[str, str], list[Fact]] = {}
     skipped: dict[str, str] = {}
     for fact in facts:
@@ -80,6 +84,10 @@ def choose_facts(facts: Iterable[Fact]) -> tuple[list[Fact], dict[str, str]]:
             skipped[fact.id] = "the subject is blank"
         elif not fact.object.strip():
             skipped[fact.id] = "the target is empty"
+        elif today and fact.valid_to and fact.valid_to <= today:
+            skipped[fact.id] = f"held until {fact.valid_to}"
+        elif today and fact.valid_from and fact.valid_from > today:
+            skipped[fact.id] = f"holds from {fact.valid_from} on"
         else:
             chosen.setdefault((fact.subject.strip(), fact.prompt.strip()), []).append(fact)
     kept = []

@@ -76,8 +76,9 @@ def find_targets(
         mean over prompts and target tokens of -log p  +  kl · KL  +  weight_decay · |delta| / |h|²
 
     by Adam from zero, projected to ``|delta| <= clamp · |h|`` after each step; z = h + delta, where h is the hidden
-    state in the bare prompt, and its length |h| the median over the fact's prompts. What cannot depend on delta is computed once: everything up to ``layer``, and the keys and
-    values of all tokens before the lookup token. Facts share batches and leave them when they are done.
+    state in the bare prompt, and its length |h| the median over the fact's prompts. What cannot depend on delta is
+    computed once: everything up to ``layer``, and the keys and values of all tokens before the lookup token. Facts
+    share batches and leave them when they are done.
 
     Args:
         groups: facts of one group share one delta (MEMIT-Merge); by default each has its own.

@@ -35,6 +35,8 @@ def trace_base(
     """
     if base.kind != "causal":
         raise DataError(f"trace: {base.name} is an encoder-decoder model; tracing needs a decoder-only one")
+    if len(base.parts.blocks) < 3:
+        raise DataError(f"trace: {base.name} has {len(base.parts.blocks)} blocks; there is no range to choose")
     facts = common_facts() if path is None else read_facts(path)
     random.Random(seed).shuffle(facts)
     known = known_facts(base, facts)

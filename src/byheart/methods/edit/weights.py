@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from byheart.base import Base
-from byheart.errors import DataError
+from byheart.errors import DataError, first_line
 from byheart.methods.contract import Settings
 from byheart.methods.controls import Closed
 from byheart.rows import Kind
@@ -69,8 +69,8 @@ class ChangedWeights(Closed):
             # The same numbers as when they were made, or an undo would not lead back to the same weights.
             method.deltas = {n: (tensors.get(f"left.{n}"), tensors[f"right.{n}"]) for n in record["layers"]}
             method._load(record, tensors)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: not what byheart writes there ({error})") from None
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
         return method
 
 
