@@ -12,13 +12,17 @@ from byheart.base import Base
 from byheart.surgery import stopped_at
 
 
-class Frozen(DynamicLayer):  # type: ignore[misc]
-    """A layer's keys and values that are read and never added to: a forward leaves them as they were."""
+class _Grown(DynamicLayer):  # type: ignore[misc]
+    """A layer that begins with keys and values that are there already."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.keys, self.values = keys, values
+
+
+class Frozen(_Grown):
+    """A layer's keys and values that are read and never added to: a forward leaves them as they were."""
 
     def update(  # noqa: D102 (transformers' own)
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -28,15 +32,6 @@ class Frozen(DynamicLayer):  # type: ignore[misc]
     def take(self, rows: Tensor) -> Frozen:
         """The same of some rows."""
         return Frozen(self.keys[rows], self.values[rows])
-
-
-class _Grown(DynamicLayer):  # type: ignore[misc]
-    """A layer that begins with keys and values that are there already."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.keys, self.values = keys, values
 
 
 def read_context(base: Base, ids: Tensor, mask: Tensor, places: Tensor, before: Cache | None = None) -> Cache:

@@ -13,7 +13,9 @@ from byheart import __version__
 from byheart.errors import ByheartError, UsageError
 
 if TYPE_CHECKING:
-    from byheart.methods import Settings
+    from collections.abc import Iterator
+
+    from byheart.methods import Method, Settings
     from byheart.rows import Kind
 
 app = typer.Typer(
@@ -342,22 +344,15 @@ def _ask(
     """Ask one question of what was learnt, and show the answer with its evidence."""
     from dataclasses import asdict
 
-    from byheart.base import load_base
-    from byheart.methods import method_class
-    from byheart.progress import Terminal
     from byheart.rows import Question
-    from byheart.storage import read_card
 
     if not question.strip():
         raise UsageError("QUESTION: is empty")
-    cards = [(folder, read_card(folder / "byheart.json", "method")) for folder in folders]
-    model = load_base(base, device=device, dtype=dtype, say=Terminal().say)
     rows = []
-    for folder, card in cards:
-        method = method_class(card["method"]).from_pretrained(folder, model)
+    for folder, method in zip(folders, _loaded(folders, base, device, dtype), strict=True):
         with method.attached():
             (answer,) = method.answer([Question(id="asked", question=question)])
-        rows.append({"folder": str(folder), "method": card["method"]} | asdict(answer))
+        rows.append({"folder": str(folder), "method": method.name} | asdict(answer))
     if as_json:
         print(json.dumps(rows, ensure_ascii=False, indent=2))
         return
@@ -422,7 +417,7 @@ def _undo(
     """Take facts out of an edit, as if they had never been learnt; nothing is optimised anew."""
     from byheart.methods.edit.method import Edit
 
-    method = _loaded(folder, base, device, dtype)
+    (method,) = _loaded([folder], base, device, dtype)
     if not isinstance(method, Edit):
         raise UsageError(f"{folder}: holds {method.name}, and only an edit's facts can be undone one by one")
     report = method.undo(facts)
@@ -451,7 +446,7 @@ def _export(
         raise UsageError(f"--to {to}: must be peft or merged")
     if rank is not None and to != "peft":
         raise UsageError("--rank: only for --to peft")
-    method = _loaded(folder, base, device, dtype)
+    (method,) = _loaded([folder], base, device, dtype)
     if not isinstance(method, ChangedWeights):
         raise UsageError(f"{folder}: {method.name} changes no weights, so there is nothing to export")
     record = export_peft(method, out, rank) if to == "peft" else export_merged(method, out)
@@ -462,15 +457,17 @@ def _export(
     _emit(record, as_json, f"{out}: written{said}")
 
 
-def _loaded(folder: Path, base: str, device: str | None, dtype: str | None) -> Any:
+def _loaded(folders: list[Path], base: str, device: str | None, dtype: str | None) -> Iterator[Method]:
+    """What was learnt into each folder, one after the other, on one base."""
     from byheart.base import load_base
     from byheart.methods import method_class
     from byheart.progress import Terminal
     from byheart.storage import read_card
 
-    card = read_card(folder / "byheart.json", "method")
+    cards = [read_card(folder / "byheart.json", "method") for folder in folders]
     model = load_base(base, device=device, dtype=dtype, say=Terminal().say)
-    return method_class(card["method"]).from_pretrained(folder, model)
+    for folder, card in zip(folders, cards, strict=True):
+        yield method_class(card["method"]).from_pretrained(folder, model)
 
 
 def _show_report(report: Any, out: Path, as_json: bool, sentence: str, skipped: dict[str, str]) -> None:
@@ -854,10 +851,9 @@ def _edit_bench(
     texts: int, sets: list[Any], limit: int | None, seed: int, device: str | None, dtype: str | None,
     options: list[str] | None, as_json: bool,
 ) -> None:  # fmt: skip
-    import random
-
     from byheart.base import load_base
     from byheart.benchmarks.edit_run import run_editing
+    from byheart.compare import drawn
     from byheart.edit_report import tables, write_edit_report
     from byheart.errors import DataError
     from byheart.methods import BASELINES
@@ -872,9 +868,7 @@ def _edit_bench(
         raise DataError(f"--data {data}: holds no records")
     if text is not None and not text.is_file():
         raise DataError(f"--text {text}: no such file")
-    if limit is not None and limit < len(cases):
-        chosen = sorted(random.Random(seed).sample(range(len(cases)), limit))
-        cases = [cases[n] for n in chosen]
+    cases = drawn(cases, limit, seed)
     sizes = _sizes(edits)
     show = Terminal()
     model = load_base(base, device=device, dtype=dtype, say=show.say)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ RECALL_AT = (1, 5, 10)
 # What is compared between methods, where both have it.
 PAIRED = ("em", "f1", "contains", "accuracy", "answer_probability")
 _LABEL_RESAMPLES = 1_000
+RowT = TypeVar("RowT")
 
 
 def compare(
@@ -143,10 +144,14 @@ def choose_questions(ledger: Ledger, splits: Sequence[Split], limit: int | None,
     found = [q for q in ledger.questions(splits) if q.answers or not q.answerable]
     if not found:
         raise DataError(f"{ledger.path}: no questions of split {' or '.join(splits)} to ask")
-    if limit is not None and limit < len(found):
-        chosen = sorted(random.Random(seed).sample(range(len(found)), limit))
-        found = [found[n] for n in chosen]
-    return found
+    return drawn(found, limit, seed)
+
+
+def drawn(rows: list[RowT], limit: int | None, seed: int) -> list[RowT]:
+    """``limit`` of the rows, drawn by the seed, in their order; all of them where there is no limit."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[n] for n in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
 # -- scoring -------------------------------------------------------------------------------------------------
@@ -187,7 +192,7 @@ def summarise(
     """A method's entry in ``run.json``: means with 95 % bootstrap intervals, over all questions and kind by kind."""
     rows = [question_metrics(q, a) for q, a in zip(questions, answers, strict=True)]
     asked = [a for a in answers if a.skipped is None]
-    metrics, intervals = _means(rows, seed)
+    metrics, intervals = means(rows, seed)
     labelled = [(q.answers, a.choice) for q, a in zip(questions, answers, strict=True) if q.answers and a.choice]
     if labelled:
         given = [choice for _, choice in labelled]
@@ -199,7 +204,7 @@ def summarise(
     by_kind = {}
     for kind in kinds:
         of_kind = [row for q, row in zip(questions, rows, strict=True) if q.kind == kind]
-        kind_metrics, kind_intervals = _means(of_kind, seed)
+        kind_metrics, kind_intervals = means(of_kind, seed)
         by_kind[kind] = {"questions": len(of_kind), "metrics": kind_metrics, "intervals": kind_intervals}
     return {
         "metrics": metrics,
@@ -242,7 +247,8 @@ def pairs(questions: Sequence[Question], answers: dict[str, list[Answer]], seed:
     return found
 
 
-def _means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+def means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The mean of each metric over the rows that have it, and its 95 % interval."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row[name] for row in rows if name in row] for name in names}
     means = {name: _mean(values) for name, values in columns.items()}

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.errors import DataError
+from byheart.padding import right_padded
 
 # Two sizes, since they pull apart: reading is bound by arithmetic and is fastest while a layer's activations stay in
 # the processor's cache; writing is bound by fetching the weights, once a token for all rows, so it wants many rows.
@@ -403,11 +404,8 @@ class _Seq2Seq(_Work):
 
     def batch(self, rows: Sequence[int]) -> list[_Result]:
         base, device = self.base, self.base.device
-        width = max(len(self.prompts[row]) for row in rows)
-        padded = [self.prompts[row] + [0] * (width - len(self.prompts[row])) for row in rows]
-        lengths = torch.tensor([len(self.prompts[row]) for row in rows], device=device)
-        mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
-        encoded = base.model.get_encoder()(input_ids=torch.tensor(padded, device=device), attention_mask=mask)
+        ids, mask, _ = right_padded([self.prompts[row] for row in rows], device)
+        encoded = base.model.get_encoder()(input_ids=ids, attention_mask=mask)
         hidden = encoded.last_hidden_state
         start = torch.full((len(rows), 1), base.model.config.decoder_start_token_id, device=device)
 

@@ -9,6 +9,7 @@ import torch
 
 from byheart.attention import fast_attention
 from byheart.base import Base
+from byheart.padding import right_padded
 
 _ROWS = 8
 
@@ -21,9 +22,7 @@ def perplexity(base: Base, rows: Sequence[Sequence[int]]) -> float:
             some = [list(row) for row in rows[start : start + _ROWS] if len(row) > 1]
             if not some:
                 continue
-            width = max(map(len, some))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in some], device=base.device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some], device=base.device)
+            ids, mask, _ = right_padded(some, base.device)
             logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             real = mask[:, 1:].bool()
             logprobs = logits[real].float().log_softmax(-1).gather(1, ids[:, 1:][real][:, None])

@@ -18,7 +18,7 @@ import numpy as np
 from byheart import __version__
 from byheart.base import Base
 from byheart.benchmarks.editing import Case, Probe
-from byheart.compare import base_record, machine
+from byheart.compare import base_record, machine, means
 from byheart.decode import Job, Sampling, complete
 from byheart.ledger import Ledger
 from byheart.methods import LearnReport, Method, Settings, method_class
@@ -29,7 +29,6 @@ from byheart.score import (
     contains,
     generation_entropy,
     harmonic_mean,
-    mean_interval,
     normalize,
     paired_difference,
     reference_score,
@@ -108,7 +107,17 @@ def run_editing(
         _drift(run["methods"], name)
         if name != UNEDITED:
             run["methods"][name]["skipped_facts"] = getattr(method, "skipped", {})
-            _extras(run["methods"][name], name, base, cases, out, settings, plan, show)
+            _extras(
+                run["methods"][name],
+                name,
+                base,
+                cases,
+                out,
+                settings,
+                plan,
+                run["methods"][UNEDITED]["perplexity"],
+                show,
+            )
         write_json(out / "run.json", run)  # what is done is kept, whatever comes next
     run["pairs"] = _pairs(rows, settings.seed)
     run["unmeasured"] = [] if any(case.references for case in cases) else ["rs: no reference texts were given"]
@@ -148,7 +157,7 @@ def _drift(methods: dict[str, Any], name: str) -> None:
 
 def _extras(
     entry: dict[str, Any], name: str, base: Base, cases: Sequence[Case], out: Path, settings: Settings, plan: Plan,
-    show: Silent,
+    before: float | None, show: Silent,
 ) -> None:  # fmt: skip
     """The scaling curve, and the sets that are learnt apart."""
     entry["curve"] = []
@@ -157,33 +166,27 @@ def _extras(
         whole = [batch for batch in batches if len(batch) == size][: max(1, 50 // size)]
         if not whole:
             continue
-        found, rise = _in_batches(name, base, whole, out, settings, plan, show)
-        entry["curve"].append(
-            {"edits": size, "batches": len(whole), "perplexity_drift": rise}
-            | summarise(found, LearnReport(), settings.seed)
-        )
+        entry["curve"].append({"edits": size} | _in_batches(name, base, whole, out, settings, plan, before, show))
     entry["sets"] = {}
     for label, batches in plan.sets:
-        found, rise = _in_batches(name, base, batches, out, settings, plan, show)
-        entry["sets"][label] = {"batches": len(batches), "perplexity_drift": rise} | summarise(
-            found, LearnReport(), settings.seed
-        )
+        entry["sets"][label] = _in_batches(name, base, batches, out, settings, plan, before, show)
 
 
 def _in_batches(
-    name: str, base: Base, batches: Sequence[list[Case]], out: Path, settings: Settings, plan: Plan, show: Silent
-) -> tuple[list[dict[str, Any]], float | None]:
+    name: str, base: Base, batches: Sequence[list[Case]], out: Path, settings: Settings, plan: Plan,
+    before: float | None, show: Silent,
+) -> dict[str, Any]:  # fmt: skip
     """Each batch learnt by itself and scored; the mean rise of perplexity over the first few."""
     rows: list[dict[str, Any]] = []
     rises = []
-    before = perplexity(base, plan.rows) if plan.rows else None
     for number, batch in enumerate(batches):
         method, _ = _learnt(name, base, batch, out, settings, show)
         with method.attached():
             rows += score_cases(base, batch, settings.seed, 0, show, name)
             if before is not None and number < 3:
                 rises.append(perplexity(base, plan.rows) / before - 1)
-    return rows, sum(rises) / len(rises) if rises else None
+    rise = sum(rises) / len(rises) if rises else None
+    return {"batches": len(batches), "perplexity_drift": rise} | summarise(rows, LearnReport(), settings.seed)
 
 
 # -- scoring -------------------------------------------------------------------------------------------------
@@ -279,12 +282,9 @@ def by_group(cases: Sequence[Case], rows: Sequence[dict[str, Any]], seed: int) -
 
 
 def _means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: [row[name] for row in rows if name in row] for name in names}
-    metrics = {name: sum(values) / len(values) for name, values in columns.items()}
-    intervals = {name: list(mean_interval(values, seed=seed)) for name, values in columns.items()}
+    metrics, intervals = means(rows, seed)
     for parts in (("es", "ps", "ns"), ("efficacy", "paraphrase", "specificity")):
-        if all(name in columns for name in parts):
+        if all(name in metrics for name in parts):
             metrics["s"] = harmonic_mean([metrics[name] for name in parts])
             intervals["s"] = _s_interval(rows, parts, seed)
     return metrics, intervals

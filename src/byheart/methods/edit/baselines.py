@@ -27,6 +27,7 @@ from byheart.methods.edit.prompts import Prepared, choose_facts, make_prefixes, 
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, Deltas, delta_bytes, product, stacked
 from byheart.methods.edit.write import WriteOptions, Writer
+from byheart.padding import right_padded
 from byheart.rows import Fact
 from byheart.surgery import add_to, matrix, out_first
 
@@ -40,14 +41,12 @@ class Baseline(ChangedWeights):
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
-        self.documents: list[str] | None = None
         self.facts: list[Fact] = []
         self.skipped: dict[str, str] = {}
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Write all facts of the ledger that hold."""
         super().learn(ledger)
-        self.documents = [document.text for document in ledger.documents()]
         return self._learn(list(ledger.facts()), progress)
 
     def revise(self, change: Change) -> LearnReport:
@@ -121,21 +120,18 @@ class FineTuned(Baseline):
         module: Any = base.parts.blocks[self.layer].mlp_out
         old = matrix(module).float()
         scale = float(old.square().mean().sqrt())
-        delta, first, second = torch.zeros_like(old), torch.zeros_like(old), torch.zeros_like(old)
+        delta = torch.zeros_like(old)
+        adam = torch.optim.Adam([delta], lr=options.rate * scale, eps=1e-12)
         rows = [one.rows[0] for one in prepared]
         lengths = [len(row.context) + len(row.tail) for row in rows]
         parts = batches(lengths, lambda count, longest: count * longest <= self.tokens)
         generator = torch.Generator().manual_seed(self.settings.seed)
-        step = 0
         with fast_attention(base.model):
             read = [_Lesson(base, [prepared[n] for n in part], self.layer) for part in parts]
             for epoch in range(options.epochs):
                 for n in torch.randperm(len(read), generator=generator).tolist():
-                    step += 1
-                    gradient = read[n].gradient(module, delta)
-                    first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
-                    root = (second / (1 - 0.999**step)).sqrt() + 1e-12
-                    delta -= options.rate * scale / (1 - 0.9**step) * first / root
+                    delta.grad = read[n].gradient(module, delta)
+                    adam.step()
                     delta *= 1 - options.decay
                     if options.limit:
                         delta.clamp_(-options.limit * scale, options.limit * scale)
@@ -165,19 +161,15 @@ class _Lesson:
     def __init__(self, base: Base, prepared: Sequence[Prepared], layer: int) -> None:
         rows = [one.rows[0] for one in prepared]
         whole = [(*row.context, *row.tail) for row in rows]
-        width = max(map(len, whole))
-        device = base.device
-        ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in whole], device=device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in whole], device=device)
-        places = torch.arange(width, device=device).expand(len(rows), -1)
+        tokens = right_padded(whole, base.device)
         self.parts, self.layer = base.parts, layer
-        self.stretch = Stretch(base, ids, mask, places, layer, len(base.parts.blocks) - 1)
+        self.stretch = Stretch(base, *tokens, layer, len(base.parts.blocks) - 1)
         entries = [
             (n, len(whole[n]) - len(row.labels) + k, label)
             for n, row in enumerate(rows)
             for k, label in enumerate(row.labels)
         ]
-        self.row, self.column, self.label = torch.tensor(entries, device=device).T
+        self.row, self.column, self.label = torch.tensor(entries, device=base.device).T
 
     def gradient(self, module: Any, delta: Tensor) -> Tensor:
         """Of the mean loss a target token, in the module's matrix (out, in) with ``delta`` added."""
@@ -213,6 +205,13 @@ class Rome(Baseline):
         self.options = parse_options(RomeOptions, self.name, settings.options)
         layers = choose_layers(base, self.options.layers)
         self.layer = layers[len(layers) // 2]
+        self.documents: list[str] | None = None
+
+    def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
+        """Write all facts of the ledger that hold; keeps its documents where they are the text for C."""
+        if self.options.text == "ledger":
+            self.documents = [document.text for document in ledger.documents()]
+        return super().learn(ledger, progress)
 
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
         texts = ordinary_text(self.options.text, self.name, self.documents)

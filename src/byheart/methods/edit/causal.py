@@ -79,10 +79,11 @@ def trace(
     with torch.no_grad():
         used = torch.cat([table(row.ids[row.first : row.last + 1]) for row in found])
     sigma = noise * float(used.float().std())
+    scale = _embedding_scale(base)
     traced = []
     for number, row in enumerate(found):
         with fast_attention(base.model), torch.no_grad():
-            traced.append(_trace_one(base, row, samples, window, sigma, seed + number))
+            traced.append(_trace_one(base, row, samples, window, sigma, scale, seed + number))
         on_done(1)
     return traced
 
@@ -115,7 +116,7 @@ class _Subject:
         return [first, middle, self.last, after, further, end if end > self.last else None]
 
 
-def _trace_one(base: Base, row: _Subject, samples: int, window: int, sigma: float, seed: int) -> Traced:
+def _trace_one(base: Base, row: _Subject, samples: int, window: int, sigma: float, scale: float, seed: int) -> Traced:
     parts = base.parts
     depth = len(parts.blocks)
     generator = torch.Generator().manual_seed(seed)
@@ -156,7 +157,6 @@ def _trace_one(base: Base, row: _Subject, samples: int, window: int, sigma: floa
 
     # The first block's own input: some models scale embeddings or add positions to them, so noise goes in as a change.
     start = stretch.hidden[:1]
-    scale = _embedding_scale(base)
     clean = states(start)
     clean_row = answer(clean["hidden"][-1])
     token = int(clean_row.argmax())

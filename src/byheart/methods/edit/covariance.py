@@ -15,6 +15,7 @@ from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.decode import Job, Sampling, complete
 from byheart.errors import DataError, UsageError
+from byheart.padding import right_padded
 from byheart.storage import home, replacing
 from byheart.surgery import observed, stopped_at
 
@@ -167,9 +168,7 @@ def moments_of(base: Base, layers: Sequence[int], rows: Sequence[Sequence[int]])
     ordered = sorted(rows, key=len)
     for start in range(0, len(ordered), _ROWS):
         some = ordered[start : start + _ROWS]
-        longest = max(map(len, some))
-        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in some], device=base.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in some], device=base.device)
+        ids, mask, _ = right_padded(some, base.device)
         real = mask.flatten().bool()
         count += int(real.sum())
 

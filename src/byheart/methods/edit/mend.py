@@ -23,6 +23,7 @@ from byheart.methods.edit.baselines import Baseline
 from byheart.methods.edit.common_facts import common_facts
 from byheart.methods.edit.prompts import Prepared, prompt_text, target_text
 from byheart.methods.edit.weights import Deltas
+from byheart.padding import right_padded
 from byheart.surgery import observed
 
 _AT_ONCE = 16
@@ -123,13 +124,8 @@ class _Lesson:
             entries += [
                 (n, place, label, max(len(labels), 1)) for place, label in zip(places, labels or [0], strict=True)
             ]
-        width = max(map(len, rows))
-        device = base.device
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-        places_of = torch.arange(width, device=device).expand(len(rows), -1)
-        self.stretch = Stretch(base, ids, mask, places_of, layers[0], layers[-1])
-        self.row, self.column, self.label, counts = torch.tensor(entries, device=device).T
+        self.stretch = Stretch(base, *right_padded(rows, base.device), layers[0], layers[-1])
+        self.row, self.column, self.label, counts = torch.tensor(entries, device=base.device).T
         self.texts = len(rows)
         self.share = 1 / (counts * len(rows))
 

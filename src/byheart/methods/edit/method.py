@@ -25,20 +25,21 @@ from byheart.methods.edit import guard
 from byheart.methods.edit.covariance import ordinary_text, second_moments, text_source, token_count
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, choose_facts, make_prefixes, prepare
-from byheart.methods.edit.solve import Spread
-from byheart.methods.edit.targets import Stop, TargetOptions, find_targets
+from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, delta_bytes, stacked
-from byheart.methods.edit.write import Constraint, WriteOptions, Writer
+from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.rows import Fact
 from byheart.storage import replacing
 
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
 _STEP = 32
+# What follows from the facts that hold; all of it changes, or nothing does.
+_STATE = ("holding", "facts", "z", "keys", "deltas", "skipped")
 
 
 @dataclass(frozen=True)
-class EditOptions:
-    """What ``--set edit.NAME=VALUE`` takes.
+class EditOptions(WriteOptions, TargetOptions):
+    """What ``--set edit.NAME=VALUE`` takes, with the options of the search for targets and of writing.
 
     Attributes:
         layers: ``FIRST-LAST``, or ``auto``: what ``byheart trace`` found for this model, else a share of the depth.
@@ -58,18 +59,6 @@ class EditOptions:
     layers: str = "auto"
     prefixes: int = 5
     paraphrases: bool = False
-    steps: int = TargetOptions.steps
-    lr: float = TargetOptions.lr
-    clamp: float = TargetOptions.clamp
-    kl: float = TargetOptions.kl
-    weight_decay: float = TargetOptions.weight_decay
-    stop: Stop = TargetOptions.stop
-    stop_loss: float = TargetOptions.stop_loss
-    anchor: bool = TargetOptions.anchor
-    weight: float = WriteOptions.weight
-    spread: Spread = WriteOptions.spread
-    constraint: Constraint = WriteOptions.constraint
-    energy: float = WriteOptions.energy
     text: str = "own"
     tokens: int = 0
     merge: bool = False
@@ -78,14 +67,6 @@ class EditOptions:
     gate: Literal["off", "warn", "rollback"] = "off"
     max_perplexity: float = 0.10
     max_neighbours: float = 0.05
-
-    def targets(self) -> TargetOptions:
-        """The part that the search for targets takes."""
-        return TargetOptions(**{name: getattr(self, name) for name in TargetOptions.__dataclass_fields__})
-
-    def writing(self) -> WriteOptions:
-        """The part that writing takes."""
-        return WriteOptions(**{name: getattr(self, name) for name in WriteOptions.__dataclass_fields__})
 
 
 class Edit(ChangedWeights):
@@ -160,34 +141,33 @@ class Edit(ChangedWeights):
 
     def _follow(self, holding: Sequence[Fact], progress: Progress = lambda count: None) -> tuple[str, ...]:
         """Make these the facts that hold: targets for what is new, then the weights. All of it or nothing."""
-        before = (self.holding, self.facts, self.z, self.keys, self.deltas, self.skipped)
+        before = {name: vars(self)[name] for name in _STATE}
         try:
             chosen, skipped = choose_facts(holding, dt.date.today())
             prepared, more = self._prepare(chosen)
             known = dict(zip(self._marks(self.facts), self.z, strict=True))
             marks = self._marks([one.fact for one in prepared])
-            new = [one for one, mark in zip(prepared, marks, strict=True) if mark not in known]
+            new = {mark: one for mark, one in zip(marks, prepared, strict=True) if mark not in known}
             added = self.options.sequence == "accumulate" and self.facts and known.keys() <= set(marks)
             if added:
                 self._accumulate(new, progress)
             else:
-                self.z = torch.stack([*known.values(), *self._targets(new, progress)]) if known or new else self.z[:0]
-                places = {mark: n for n, mark in enumerate([*known, *(m for m in marks if m not in known)])}
-                self.z = self.z[[places[mark] for mark in marks]]
+                known |= zip(new, self._targets(new, progress), strict=True)
+                self.z = torch.stack([known[mark] for mark in marks]) if marks else self.z[:0]
                 self.facts = [one.fact for one in prepared]
                 self._solve(prepared)
             self.holding, self.skipped = list(holding), skipped | more
-            return self._guarded(before, [one.fact for one in new])
+            return self._guarded(before, [one.fact for one in new.values()])
         except BaseException:
-            self.holding, self.facts, self.z, self.keys, self.deltas, self.skipped = before
+            vars(self).update(before)
             raise
 
-    def _accumulate(self, new: Sequence[Prepared], progress: Progress) -> None:
+    def _accumulate(self, new: dict[str, Prepared], progress: Progress) -> None:
         """Add facts as published: sought and solved on the changed model, with the keys of earlier ones held."""
         with self.attached():
             z = self._targets(new, progress)
-            written = self._write(new, z, self.keys)
-        self.facts = [*self.facts, *(one.fact for one in new)]
+            written = self._write(list(new.values()), z, self.keys)
+        self.facts = [*self.facts, *(one.fact for one in new.values())]
         self.z = torch.cat([self.z, z])
         self.deltas = stacked(self.deltas, written.deltas)
         self.keys = {layer: torch.cat([self.keys[layer], keys]) for layer, keys in written.keys.items()}
@@ -208,7 +188,7 @@ class Edit(ChangedWeights):
         whole = {group: sorted(texts) for group, texts in members.items()}
         return [_short_hash([fact.model_dump_json(), whole[g]]) for fact, g in zip(facts, groups, strict=True)]
 
-    def _guarded(self, before: tuple[Any, ...], new: Sequence[Fact]) -> tuple[str, ...]:
+    def _guarded(self, before: dict[str, Any], new: Sequence[Fact]) -> tuple[str, ...]:
         """What the guard rails say; goes back where the gate is to, and the edit went too far."""
         options, notes = self.options, self._collisions()
         if options.gate == "off" or not new:
@@ -220,7 +200,7 @@ class Edit(ChangedWeights):
         said, within = guard.drift_notes(standing, after, options.max_perplexity, options.max_neighbours)
         notes += (said,)
         if not within and options.gate == "rollback":
-            self.holding, self.facts, self.z, self.keys, self.deltas, self.skipped = before
+            vars(self).update(before)
             self.skipped = self.skipped | {fact.id: "rolled back by the gate" for fact in new}
             notes += (f"past the gate's limits: {len(new)} facts rolled back",)
         elif not within:
@@ -236,57 +216,37 @@ class Edit(ChangedWeights):
     def _prepare(self, facts: Sequence[Fact]) -> tuple[list[Prepared], dict[str, str]]:
         return prepare(self.base.tokenizer, facts, self.prefixes, paraphrases=self.options.paraphrases)
 
-    def _targets(self, prepared: Sequence[Prepared], progress: Progress) -> Tensor:
-        """Targets of facts, those that an earlier run left in the working folder among them."""
-        options = self.options.targets()
-        groups = self._groups([one.fact for one in prepared])
-        mark = [
-            self.base.hash,
-            str(self.base.dtype),
-            asdict(options),
-            self.layers[-1],
-            self.prefixes,
-            self.options.paraphrases,
-        ]
+    def _targets(self, new: dict[str, Prepared], progress: Progress) -> Tensor:
+        """Targets of facts, those that an earlier run left in the working folder, under their marks, among them."""
+        marks, prepared = list(new), list(new.values())
+        sought = {name: getattr(self.options, name) for name in TargetOptions.__dataclass_fields__}
+        made_with = [
+            self.base.hash, str(self.base.dtype), sought, self.layers[-1], self.prefixes, self.options.paraphrases
+        ]  # fmt: skip
         if self.options.sequence == "accumulate":  # sought on a model that all of these made
-            mark += [[fact.model_dump_json() for fact in self.facts], asdict(self.options), self.layers, self._source]
-        store = self.work / "edit" / f"{_short_hash(mark)}.safetensors"
+            made_with += [[f.model_dump_json() for f in self.facts], asdict(self.options), self.layers, self._source]
+        store = self.work / "edit" / f"{_short_hash(made_with)}.safetensors"
         known = _read_tensors(store)
         seconds = float(known.get("seconds", torch.zeros(1)))
         self._earlier = max(self._earlier, seconds)
-        together: dict[int, list[int]] = {}
-        for place, group in enumerate(groups):
-            together.setdefault(group, []).append(place)
-        names = {
-            group: _short_hash([prepared[n].fact.model_dump_json() for n in places])
-            for group, places in together.items()
-        }
-        missing = [group for group in together if names[group] not in known]
-        progress(sum(len(places) for group, places in together.items() if names[group] in known))
+        groups = self._groups([one.fact for one in prepared])
+        missing: dict[int, list[int]] = {}
+        for place, (mark, group) in enumerate(zip(marks, groups, strict=True)):
+            if mark not in known:
+                missing.setdefault(group, []).append(place)
+        progress(len(prepared) - sum(map(len, missing.values())))
         # Like lengths together: a batch is padded to its longest row.
-        missing.sort(key=lambda group: max(len(row.tail) for n in together[group] for row in prepared[n].rows))
-        for start in range(0, len(missing), _STEP):
-            some = missing[start : start + _STEP]
-            places = [n for group in some for n in together[group]]
+        ordered = sorted(missing.values(), key=lambda some: max(len(r.tail) for n in some for r in prepared[n].rows))
+        for start in range(0, len(ordered), _STEP):
+            places = [n for some in ordered[start : start + _STEP] for n in some]
             began = time.perf_counter()
-            found = find_targets(
-                self.base,
-                [prepared[n] for n in places],
-                self.layers[-1],
-                options,
-                [groups[n] for n in places],
-                progress,
-            )
-            rows = iter(found.z)
+            some, of = [prepared[n] for n in places], [groups[n] for n in places]
+            z = find_targets(self.base, some, self.layers[-1], self.options, of, progress).z
             seconds += time.perf_counter() - began
-            known |= {"seconds": torch.tensor([seconds])}
-            known |= {names[group]: torch.stack([next(rows) for _ in together[group]]) for group in some}
+            known |= {marks[n]: row for n, row in zip(places, z, strict=True)} | {"seconds": torch.tensor([seconds])}
             with replacing(store) as path:
                 save_file(known, path)
-        z = torch.zeros(len(prepared), self.base.parts.d_model, dtype=self.z.dtype)
-        for group, places in together.items():
-            z[places] = known[names[group]].to(z)
-        return z
+        return torch.stack([known[mark].to(self.z) for mark in marks]) if marks else self.z[:0]
 
     def _write(self, prepared: Sequence[Prepared], z: Tensor, past: dict[int, Tensor] | None) -> Any:
         if self._writer is None:
@@ -294,7 +254,7 @@ class Edit(ChangedWeights):
             moments = second_moments(
                 self.base, self.layers, self._texts, tokens, self.settings.seed, source=self._source
             )
-            self._writer = Writer(self.base, moments, self.options.writing())
+            self._writer = Writer(self.base, moments, self.options)
         written = self._writer.write(prepared, z, self._groups([one.fact for one in prepared]), past)
         # As they will be kept, so that what was saved and what was not give the same weights.
         return replace(

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from byheart.base import Base
 from byheart.decode import Job, Sampling, complete, option_ids
 from byheart.rows import SUBJECT_PLACE, Fact
@@ -173,11 +170,3 @@ def find_lookup(
 
 def _flat(text: str) -> str:
     return "".join(text.split())
-
-
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, mask and position ids, each (rows, longest), with the padding in front."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)

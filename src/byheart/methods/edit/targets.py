@@ -15,7 +15,8 @@ from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Stretch, read_context, take_rows
 from byheart.decode import batches, slides
-from byheart.methods.edit.prompts import Prepared, Row, left_padded
+from byheart.methods.edit.prompts import Prepared, Row
+from byheart.padding import left_padded, right_padded
 from byheart.parts import Parts
 
 # Tokens that contexts must begin with alike to be read together.
@@ -334,12 +335,8 @@ def _starts(prepared: Sequence[Prepared]) -> list[int]:
 def _read_tails(base: Base, rows: Sequence[Row], layer: int) -> Stretch:
     """The blocks above ``layer`` over the tails, with what comes before them as frozen keys and values."""
     device = base.device
-    width = max(len(row.tail) for row in rows)
-    tails = torch.tensor([[*row.tail, *[0] * (width - len(row.tail))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row.tail) + [0] * (width - len(row.tail)) for row in rows], device=device)
-    places = (
-        torch.arange(width, device=device) + torch.tensor([len(row.context) for row in rows], device=device)[:, None]
-    )
+    tails, mask, places = right_padded([row.tail for row in rows], device)
+    places = places + torch.tensor([len(row.context) for row in rows], device=device)[:, None]
     cache = None
     if any(row.context for row in rows):
         cache, before = _read_contexts(base, [row.context for row in rows])

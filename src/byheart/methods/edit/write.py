@@ -15,8 +15,9 @@ from byheart.base import Base
 from byheart.blocks import Stretch
 from byheart.decode import READ_TOKENS, batches
 from byheart.methods.edit import solve
-from byheart.methods.edit.prompts import Prepared, Row, left_padded
+from byheart.methods.edit.prompts import Prepared, Row
 from byheart.methods.edit.weights import Deltas, product
+from byheart.padding import left_padded
 from byheart.surgery import add_to, observed
 
 Constraint = Literal["none", "equality", "nullspace"]
