@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -9,7 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from byheart.base import Base
+from byheart.decode import slides
 from byheart.surgery import stopped_at
+
+# Tokens that contexts must begin with alike to be read together.
+_SHARED = 4
 
 
 class _Grown(DynamicLayer):  # type: ignore[misc]
@@ -34,18 +40,23 @@ class Frozen(_Grown):
         return Frozen(self.keys[rows], self.values[rows])
 
 
-def read_context(base: Base, ids: Tensor, mask: Tensor, places: Tensor, before: Cache | None = None) -> Cache:
+def read_context(
+    base: Base, ids: Tensor, mask: Tensor, places: Tensor, before: Cache | None = None, last: int | None = None
+) -> Cache:
     """The keys and values of all blocks over left-padded ``ids`` (rows, n), frozen.
 
     Args:
         before: those of the columns before, of the same rows; ``mask`` covers them too.
+        last: the last block to read; by default all are.
     """
+    blocks = base.parts.blocks
+    end = len(blocks) if last is None else last + 1
     # Plain layers, not the model's own choice: those of sliding windows would drop columns.
     if before is None:
-        cache = Cache(layers=[DynamicLayer() for _ in base.parts.blocks])
+        cache = Cache(layers=[DynamicLayer() for _ in blocks])
     else:
         cache = Cache(layers=[_Grown(layer.keys, layer.values) for layer in before.layers])
-    with torch.no_grad():
+    with torch.no_grad(), stopped_at(blocks[end].module) if end < len(blocks) else nullcontext():
         base.model(
             input_ids=ids,
             attention_mask=mask,
@@ -54,12 +65,50 @@ def read_context(base: Base, ids: Tensor, mask: Tensor, places: Tensor, before: 
             use_cache=True,
             logits_to_keep=torch.tensor([ids.shape[1] - 1], device=ids.device),
         )
-    return Cache(layers=[Frozen(layer.keys, layer.values) for layer in cache.layers])
+    return Cache(layers=[Frozen(layer.keys, layer.values) for layer in cache.layers[:end]])
 
 
 def take_rows(cache: Cache, rows: Tensor) -> Cache:
     """Some rows of a frozen cache, each as often as it is named."""
     return Cache(layers=[layer.take(rows) for layer in cache.layers])
+
+
+def repeated(cache: Cache, row: int, count: int) -> Cache:
+    """One row of a frozen cache as ``count`` alike, without a copy."""
+    return Cache(
+        layers=[
+            Frozen(*(one[row].expand(count, -1, -1, -1) for one in (layer.keys, layer.values)))
+            for layer in cache.layers
+        ]
+    )
+
+
+def shared_beginnings(
+    base: Base, contexts: Sequence[tuple[int, ...]], least: int = 0
+) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Token sequences that several contexts begin with, and for each context which of them (an empty one, maybe).
+
+    Args:
+        least: tokens that sharing a beginning must save.
+    """
+    by_start: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    # A sliding window counts columns, and the padding behind a shared beginning would use it up.
+    for context in () if slides(base.model.config) else contexts:
+        if len(context) >= _SHARED:
+            by_start.setdefault(context[:_SHARED], []).append(context)
+    found = []
+    for some in by_start.values():
+        if len(some) > 1:
+            low, high = min(some), max(some)
+            common = next(
+                (n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
+            )
+            if common * (len(some) - 1) >= least:
+                found.append(low[:common])
+    beginnings = [*sorted(found, key=len, reverse=True), ()]
+    return beginnings, [
+        next(n for n, one in enumerate(beginnings) if context[: len(one)] == one) for context in contexts
+    ]
 
 
 class Stretch:
@@ -109,7 +158,10 @@ class Stretch:
         self.hidden = found[0]
 
     def run(self, hidden: Tensor, first: int, last: int) -> Tensor:
-        """The output of block ``last`` for ``hidden`` (rows, n, d_model) at the input of block ``first``."""
+        """The output of block ``last`` for ``hidden`` (rows, n, d_model) at the input of block ``first``.
+
+        ``hidden`` itself where ``last`` is below ``first``.
+        """
         for number in range(first, last + 1):
             args, kwargs = self._calls[number]
             out = self.parts.blocks[number].module(hidden, *args, **kwargs)

@@ -13,13 +13,14 @@ from byheart.base import Base
 from byheart.decode import Job, Sampling, complete, option_ids
 from byheart.rows import SUBJECT_PLACE, Fact
 
-# What the model continues to make prefixes, and about how long each becomes. The published beginnings are single words;
+# What the model continues to make prefixes, and what ends each. The published beginnings are single words;
 # small instruct models go on from those with anything but language.
 _BEGINNINGS = (
     "The most important", "In the early", "When I was", "This is one", "There are many", "She said that",
     "On the other", "It was the", "For example, a", "One of the",
 )  # fmt: skip
-PREFIX_TOKENS = 10
+# Short ones run on into the prompt, long ones stand in a line of their own: a prompt is met in both ways.
+_SHAPES = ((10, " "), (25, "\n"))
 _TOP_K = 5
 
 
@@ -53,10 +54,15 @@ def make_prefixes(base: Base, count: int, seed: int) -> tuple[str, ...]:
 
     A fact trained without any would only be known at the very beginning of a text (Meng et al. 2022, section 3.1).
     """
-    jobs = [Job(_BEGINNINGS[n % len(_BEGINNINGS)]) for n in range(count)]
-    drawn = complete(base, jobs, max_new_tokens=PREFIX_TOKENS - 2, sampling=Sampling(_TOP_K, seed), whole=True)
-    texts = [re.sub(r"[\s\ufffd]+", " ", job.prompt + one.text).strip() for job, one in zip(jobs, drawn, strict=True)]
-    return tuple(text.rstrip(".") + ". " for text in texts)
+    texts: dict[int, str] = {}
+    for shape, (tokens, joint) in enumerate(_SHAPES):
+        places = range(shape, count, len(_SHAPES))
+        jobs = [Job(_BEGINNINGS[n % len(_BEGINNINGS)]) for n in places]
+        drawn = complete(base, jobs, max_new_tokens=tokens - 2, sampling=Sampling(_TOP_K, seed), whole=True)
+        for place, job, one in zip(places, jobs, drawn, strict=True):
+            text = re.sub(r"[\s\ufffd]+", " ", job.prompt + one.text).strip()
+            texts[place] = text.rstrip(".") + "." + joint
+    return tuple(texts[place] for place in range(count))
 
 
 def target_text(fact: Fact) -> str:

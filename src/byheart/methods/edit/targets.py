@@ -13,14 +13,12 @@ from transformers.cache_utils import Cache
 
 from byheart.attention import fast_attention
 from byheart.base import Base
-from byheart.blocks import Stretch, read_context, take_rows
-from byheart.decode import batches, slides
+from byheart.blocks import Stretch, read_context, shared_beginnings, take_rows
+from byheart.decode import batches
 from byheart.methods.edit.prompts import Prepared, Row
 from byheart.padding import left_padded, right_padded
 from byheart.parts import Parts
 
-# Tokens that contexts must begin with alike to be read together.
-_SHARED = 4
 # Tail tokens of a batch: enough for products at full speed, few enough that what the gradient needs stays near 1 GB.
 BATCH_TOKENS = {"cpu": 512, "cuda": 65_536}
 Stop = Literal["fit", "loss", "argmax"]
@@ -44,8 +42,8 @@ class TargetOptions:
 
     steps: int = 25
     lr: float = 0.15
-    clamp: float = 0.75
-    kl: float = 0.0625
+    clamp: float = 1.0
+    kl: float = 0.015
     weight_decay: float = 0.5
     stop: Stop = "fit"
     stop_loss: float = 0.05
@@ -346,9 +344,7 @@ def _read_tails(base: Base, rows: Sequence[Row], layer: int) -> Stretch:
 
 def _read_contexts(base: Base, contexts: Sequence[tuple[int, ...]]) -> tuple[Cache, Tensor]:
     """Keys and values of all contexts, and their mask; what many of them begin with (the prefixes) is read once."""
-    # A sliding window counts columns, and the padding behind a shared beginning would use it up.
-    beginnings = [()] if slides(base.model.config) else _shared_beginnings(contexts)
-    of_row = [next((n for n, one in enumerate(beginnings) if context[: len(one)] == one), 0) for context in contexts]
+    beginnings, of_row = shared_beginnings(base, contexts)
     rest = [context[len(beginnings[n]) :] for context, n in zip(contexts, of_row, strict=True)]
     cache, mask, index = None, None, torch.tensor(of_row, device=base.device)
     if any(beginnings):
@@ -361,20 +357,3 @@ def _read_contexts(base: Base, contexts: Sequence[tuple[int, ...]]) -> tuple[Cac
         cache = read_context(base, ids, mask, places, cache)
     assert cache is not None and mask is not None
     return cache, mask
-
-
-def _shared_beginnings(contexts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Token sequences that several contexts begin with, longest first; the last one is empty."""
-    by_start: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for context in contexts:
-        if len(context) >= _SHARED:
-            by_start.setdefault(context[:_SHARED], []).append(context)
-    found = []
-    for some in by_start.values():
-        if len(some) > 1:
-            low, high = min(some), max(some)
-            common = next(
-                (n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
-            )
-            found.append(low[:common])
-    return [*sorted(found, key=len, reverse=True), ()]

@@ -9,16 +9,21 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from byheart.attention import fast_attention
 from byheart.base import Base
-from byheart.blocks import Stretch
-from byheart.decode import READ_TOKENS, batches
+from byheart.blocks import Stretch, read_context, repeated, shared_beginnings
+from byheart.decode import batches
 from byheart.methods.edit import solve
 from byheart.methods.edit.prompts import Prepared, Row
+from byheart.methods.edit.targets import BATCH_TOKENS
 from byheart.methods.edit.weights import Deltas, product
 from byheart.padding import left_padded
 from byheart.surgery import add_to, observed
+
+# Tokens that reading a beginning once must save; below it, a batch of its own costs more.
+_LEAST = 256
 
 Constraint = Literal["none", "equality", "nullspace"]
 
@@ -138,33 +143,44 @@ def _merger(groups: Sequence[int] | None, facts: int) -> Tensor:
 
 
 class Reader:
-    """Reads keys and states at lookup tokens from what the blocks below the first edited layer gave, once."""
+    """Reads keys and states at lookup tokens, layer after layer upwards, each block as it is when it is first needed.
+
+    Nothing is run twice: a layer is read from what the layers below gave, which are final by then.
+    """
 
     def __init__(self, base: Base, prepared: Sequence[Prepared], first: int, last: int) -> None:
-        self.base, self.first, self.last, self.facts = base, first, last, len(prepared)
-        # What follows the lookup token cannot reach it, so the rows end there.
-        bare = [(fact, _until_lookup(one.rows[0])) for fact, one in enumerate(prepared)]
-        behind = [(fact, _until_lookup(row)) for fact, one in enumerate(prepared) for row in one.rows[1:]]
-        self.bare, self.behind = self._stretches(bare), self._stretches(behind)
+        self.base, self.last, self.facts = base, last, len(prepared)
+        self._at = first  # the block whose inputs the stretches hold
+        self.bare = self._batches([(fact, one.rows[0]) for fact, one in enumerate(prepared)])
+        self.behind = self._batches([(fact, row) for fact, one in enumerate(prepared) for row in one.rows[1:]])
         # Half for the bare prompt, half for all others; of one that stands alone, all.
         others = torch.tensor([len(one.rows) - 1 for one in prepared], dtype=torch.float64)
         self.bare_share = torch.where(others > 0, 0.5, 1.0)[:, None]
         self.other_share = (0.5 / others.clamp(min=1))[:, None]
 
-    def _stretches(self, rows: list[tuple[int, tuple[int, ...]]]) -> list[tuple[Tensor, Stretch]]:
-        limit = READ_TOKENS.get(self.base.device.type, READ_TOKENS["cuda"])
+    def _batches(self, rows: list[tuple[int, Row]]) -> list[_Lookups]:
+        beginnings, of_row = shared_beginnings(self.base, [row.context for _, row in rows], _LEAST)
+        begun = _Beginnings(self.base, beginnings[:-1], self.last) if any(beginnings) else None
+        limit = BATCH_TOKENS.get(self.base.device.type, BATCH_TOKENS["cuda"])
         made = []
-        for batch in batches([len(ids) for _, ids in rows], lambda count, longest: count * longest <= limit):
-            tokens = left_padded([rows[n][1] for n in batch], self.base.device)
-            facts = torch.tensor([rows[n][0] for n in batch])
-            made.append((facts, Stretch(self.base, *tokens, self.first, self.last)))
+        for number, beginning in enumerate(beginnings):
+            # What follows the lookup token cannot reach it, so the rows end there.
+            some = [
+                (fact, (*row.context[len(beginning) :], row.tail[0]))
+                for (fact, row), n in zip(rows, of_row, strict=True)
+                if n == number
+            ]
+            for batch in batches([len(ids) for _, ids in some], lambda count, longest: count * longest <= limit):
+                facts, ids = torch.tensor([some[n][0] for n in batch]), [some[n][1] for n in batch]
+                behind = (begun, number) if begun and beginning else None
+                made.append(_Lookups(self.base, facts, ids, behind, self._at, self.last))
         return made
 
     def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys (facts, d_ff) and values (facts, d_model) at ``layer``, and the last layer's output (facts, d_model).
 
         All at the lookup tokens, in fp64. A key is half that of the bare prompt and half the mean of those behind
-        prefixes; values and outputs are those of the bare prompt.
+        prefixes; values and outputs are those of the bare prompt. Layers below ``layer`` must not change any more.
         """
         parts = self.base.parts
         keys = torch.zeros(self.facts, parts.d_ff, dtype=torch.float64)
@@ -179,17 +195,65 @@ class Reader:
             # Some models flatten the batch on the way into their MLPs.
             return tensor.reshape(rows, -1, tensor.shape[-1])[:, -1].double().cpu()
 
+        for begun in {one.begun for one in (*self.bare, *self.behind) if one.begun}:
+            begun.read()
         with observed([parts.blocks[layer].mlp_out], see):
-            for facts, stretch in self.bare:
-                hidden = stretch.run(stretch.hidden, self.first, self.last)
-                keys[facts] = at_lookup(seen["key"], len(facts)) * self.bare_share[facts]
-                values[facts] = at_lookup(seen["value"], len(facts))
-                reached[facts] = at_lookup(hidden, len(facts))
-            for facts, stretch in self.behind:
-                stretch.run(stretch.hidden, self.first, layer)
-                keys.index_add_(0, facts, at_lookup(seen["key"], len(facts)) * self.other_share[facts])
+            for one in self.bare:
+                hidden = one.run(self._at, layer, self.last)
+                keys[one.facts] = at_lookup(seen["key"], len(one.facts)) * self.bare_share[one.facts]
+                values[one.facts] = at_lookup(seen["value"], len(one.facts))
+                reached[one.facts] = at_lookup(hidden, len(one.facts))
+            for one in self.behind:
+                one.run(self._at, layer, layer)
+                keys.index_add_(0, one.facts, at_lookup(seen["key"], len(one.facts)) * self.other_share[one.facts])
+        self._at = layer
         return keys, values, reached
 
 
-def _until_lookup(row: Row) -> tuple[int, ...]:
-    return (*row.context, row.tail[0])
+class _Beginnings:
+    """What many prompts begin with: read once for all of them, and anew whenever a block has changed."""
+
+    def __init__(self, base: Base, beginnings: Sequence[Sequence[int]], last: int) -> None:
+        self._base, self._last = base, last
+        self._ids, self.mask, self._places = left_padded(beginnings, base.device)
+        self.read()
+
+    def read(self) -> None:
+        """Keys and values by the blocks as they are now."""
+        self.cache = read_context(self._base, self._ids, self.mask, self._places, last=self._last)
+
+
+class _Lookups:
+    """A batch of prompts up to their lookup tokens, alone or all of them behind one beginning."""
+
+    def __init__(
+        self,
+        base: Base,
+        facts: Tensor,
+        rows: Sequence[Sequence[int]],
+        behind: tuple[_Beginnings, int] | None,
+        first: int,
+        last: int,
+    ) -> None:
+        self.facts = facts
+        self.begun: _Beginnings | None = behind[0] if behind else None
+        self._number = behind[1] if behind else 0
+        ids, mask, places = left_padded(rows, base.device)
+        self._cache = Cache(layers=[])
+        if self.begun:
+            before = self.begun.mask[self._number]
+            mask = torch.cat([before.expand(len(mask), -1), mask], 1)
+            places = places + before.sum()
+            self._follow()
+        self._stretch = Stretch(base, ids, mask, places, first, last, self._cache if self.begun else None)
+
+    def _follow(self) -> None:
+        if self.begun:
+            self._cache.layers[:] = repeated(self.begun.cache, self._number, len(self.facts)).layers
+
+    def run(self, at: int, layer: int, last: int) -> Tensor:
+        """The output of block ``last``; what block ``layer`` is given is kept, from the inputs of block ``at``."""
+        self._follow()
+        stretch = self._stretch
+        stretch.hidden = stretch.run(stretch.hidden, at, layer - 1)
+        return stretch.run(stretch.hidden, layer, last)
