@@ -266,9 +266,9 @@ def nearer(method):
     prepared, _ = prepare(method.base.tokenizer, method.facts, method.prefixes)
     first, last = method.layers[0], method.layers[-1]
     with torch.no_grad():
-        *_, before = Reader(method.base, prepared, first, last).read(last)
+        *_, before, _ = Reader(method.base, prepared, first, last).read(last)
         with method.attached():
-            *_, after = Reader(method.base, prepared, first, last).read(last)
+            *_, after, _ = Reader(method.base, prepared, first, last).read(last)
     return float((method.z - after).norm() / (method.z - before).norm())
 
 

@@ -105,27 +105,31 @@ def plain_target(base, fact, layer):
     return (h + delta).detach(), loss.item()
 
 
-def plain_write(base, targets, moments, weight):
+def plain_write(base, targets, moments, weight, scatter):
     """K and Δ layer by layer with an explicit inverse, weights written in place; the model is left changed."""
     keys_of, delta_of = {}, {}
     for place, layer in enumerate(LAYERS):
-        keys, residuals = [], []
+        keys, residuals, spread = [], [], 0
         for fact, z in zip(FACTS, targets, strict=True):
             states = [plain_states(base, ids, at) for ids, at, _ in plain_rows(base, fact)]
             behind = torch.stack([k[layer] for k, _ in states[1:]]).mean(0)
             keys.append((states[0][0][layer] + behind) / 2)
+            shares = [0.5, *[0.5 / len(PREFIXES)] * len(PREFIXES)]
+            apart = [k[layer] - keys[-1] for k, _ in states]
+            spread = spread + sum(share * torch.outer(one, one) for share, one in zip(shares, apart, strict=True))
             residuals.append((z - states[0][1][LAYERS[-1]]) / (len(LAYERS) - place))
         k, r = torch.stack(keys, 1), torch.stack(residuals, 1)
         size = len(k)
         c = moments[layer] + solve.RIDGE * moments[layer].trace() / size * torch.eye(size, dtype=torch.float64)
-        delta_of[layer] = r @ k.T @ torch.linalg.inv(weight * size * c + k @ k.T)
+        delta_of[layer] = r @ k.T @ torch.linalg.inv(weight * size * c + scatter * spread + k @ k.T)
         keys_of[layer] = k.T
         matrix(base.parts.blocks[layer].mlp_out).add_(delta_of[layer])
     return keys_of, delta_of
 
 
+@pytest.mark.parametrize("scatter", [0.0, 1.0])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, tokenizer):
+def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, scatter, tokenizer):
     base = make_base(family, tiny_model(family, len(tokenizer), torch.float64), tokenizer)
     prepared, skipped = prepare(tokenizer, FACTS, PREFIXES)
     assert not skipped
@@ -139,10 +143,10 @@ def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, tokeniz
     text = torch.randn(400, base.parts.d_ff, dtype=torch.float64)
     moments = dict.fromkeys(LAYERS, text.T @ text / 400)
     before = [matrix(block.mlp_out).clone() for block in base.parts.blocks]
-    written = Writer(base, moments, WriteOptions(weight=0.05)).write(prepared, found.z)
+    written = Writer(base, moments, WriteOptions(weight=0.05, scatter=scatter)).write(prepared, found.z)
     for block, old in zip(base.parts.blocks, before, strict=True):
         assert torch.equal(matrix(block.mlp_out), old)
-    keys, deltas = plain_write(base, [z for z, _ in plain], moments, 0.05)
+    keys, deltas = plain_write(base, [z for z, _ in plain], moments, 0.05, scatter)
     for layer in LAYERS:
         # Llama norms its states in single precision whatever the model runs in.
         assert torch.allclose(written.keys[layer], keys[layer], rtol=1e-5, atol=1e-7)

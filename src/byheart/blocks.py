@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from byheart.base import Base
 from byheart.decode import slides
-from byheart.surgery import stopped_at
+from byheart.surgery import idle, observed, stopped_at
 
 # Tokens that contexts must begin with alike to be read together.
 _SHARED = 4
@@ -111,6 +111,16 @@ def shared_beginnings(
     ]
 
 
+def returns_tuples(base: Base) -> bool:
+    """Whether the model's blocks give tuples; some families' do."""
+    kinds: list[bool] = []
+    block = base.parts.blocks[0].module
+    ids = torch.zeros(1, 1, dtype=torch.long, device=base.device)
+    with torch.no_grad(), observed([block], lambda module, args, kwargs, output: kinds.append(type(output) is tuple)):
+        base.model(input_ids=ids, use_cache=False)
+    return kinds[0]
+
+
 class Stretch:
     """The calls that one forward made to the blocks ``first`` to ``last``, ready to be made again.
 
@@ -122,9 +132,17 @@ class Stretch:
     """
 
     def __init__(
-        self, base: Base, ids: Tensor, mask: Tensor, places: Tensor, first: int, last: int, cache: Cache | None = None
-    ) -> None:
-        """Read ``ids`` (rows, n); ``mask`` covers the columns of ``cache`` too, ``places`` are position ids."""
+        self, base: Base, ids: Tensor, mask: Tensor, places: Tensor, first: int, last: int, cache: Cache | None = None,
+        hidden: Tensor | None = None, tuples: bool = False,
+    ) -> None:  # fmt: skip
+        """Read ``ids`` (rows, n).
+
+        Args:
+            mask: covers the columns of ``cache`` too.
+            places: position ids.
+            hidden: what block ``first`` is given, where it is known: no block is computed then.
+            tuples: with ``hidden``, what :func:`returns_tuples` says of the base.
+        """
         self.parts, self.first, self.last = base.parts, first, last
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         found: list[Tensor] = []
@@ -141,10 +159,11 @@ class Stretch:
             return keep
 
         blocks = base.parts.blocks
+        known = nullcontext() if hidden is None else idle((b.module for b in blocks), tuples)
         try:
             for number in range(first, last + 1):
                 handles.append(blocks[number].module.register_forward_pre_hook(keeper(number), with_kwargs=True))
-            with torch.no_grad(), stopped_at(blocks[last].module):
+            with torch.no_grad(), known, stopped_at(blocks[last].module):
                 base.model(
                     input_ids=ids,
                     attention_mask=mask,
@@ -155,7 +174,7 @@ class Stretch:
         finally:
             for handle in handles:
                 handle.remove()
-        self.hidden = found[0]
+        self.hidden = found[0] if hidden is None else hidden
 
     def run(self, hidden: Tensor, first: int, last: int) -> Tensor:
         """The output of block ``last`` for ``hidden`` (rows, n, d_model) at the input of block ``first``.

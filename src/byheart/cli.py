@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -271,6 +272,67 @@ def _bench_zsre(
     _edit_bench(
         "zsRE", zsre(data), data, base, methods, out, text, edits, 0, sets, limit, seed, device, dtype, options, as_json
     )
+
+
+@bench_app.command("fever")
+def _bench_fever(
+    data: Annotated[Path, typer.Option("--data", help="Folder of FEVER: official files, the Hub's copy, or by page.")],
+    out: Out = Path("runs/fever"),
+    base: BaseName = "smollm2-135m",
+    shots: Annotated[str, typer.Option("--shots", help="Examples in the prompt: 0-5, or 0,5.")] = "0-5",
+    memory: Annotated[
+        str, typer.Option("--memory", help="none, doc, temp, doctemp, other, with commas between them.")
+    ] = "none,doc,temp,doctemp",
+    pages: Annotated[int, typer.Option("--pages", min=1, help="Pages with most claims to take.")] = 99,
+    split: Annotated[
+        str, typer.Option("--split", help="claim: each page's claims are split; page: the pages are.")
+    ] = "claim",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds, from --seed on.")] = 3,
+    context: Annotated[
+        bool, typer.Option("--context/--no-context", help="Also ask with the page's text in the prompt.")
+    ] = True,
+    text: Annotated[Path | None, typer.Option("--text", help="Ordinary text: its end for perplexity.")] = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DtypeName = None,
+    options: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """FEVER: does a memory of pages, of claims, or of both help to tell true claims from false ones?"""
+    from byheart.base import load_base
+    from byheart.benchmarks.fever import load_fever
+    from byheart.benchmarks.fever_run import VARIANTS, Plan, run_fever, tables
+    from byheart.methods.contract import Settings
+    from byheart.progress import Terminal
+
+    variants = tuple(name.strip() for name in memory.split(",") if name.strip())
+    for name in variants:
+        if name not in VARIANTS:
+            raise UsageError(f"--memory {memory}: must be some of {', '.join(VARIANTS)}")
+    if split not in ("claim", "page"):
+        raise UsageError(f"--split {split}: must be claim or page")
+    settings = Settings(shots=0, seed=seed, options=_method_options(options or []))
+    fever = load_fever(data, top=pages, how=split, seed=seed, limit=limit)  # type: ignore[arg-type]
+    model = load_base(base, device=device, dtype=dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    rows, _ = _ordinary_rows(model, text, seed)
+    plan = Plan(_shots(shots), variants, tuple(range(seed, seed + seeds)), context, rows)  # type: ignore[arg-type]
+    origin = {"data": str(data), "split": split, "limit": limit}
+    run = run_fever(fever, model, out, settings, plan, origin=origin, progress=Terminal())
+    if as_json:
+        print(json.dumps(run))
+        return
+    tables(run, print)
+    print(f"written: {out / 'run.json'}")
+
+
+def _shots(text: str) -> tuple[int, ...]:
+    span = re.fullmatch(r"(\d+)-(\d+)", text.strip())
+    found = range(int(span[1]), int(span[2]) + 1) if span else [part.strip() for part in text.split(",")]
+    if not found or not all(str(one).isdigit() for one in found):
+        raise UsageError(f"--shots {text}: must be FIRST-LAST, or numbers with commas between")
+    return tuple(map(int, found))
 
 
 @app.command("report")
@@ -891,19 +953,28 @@ def _edit_plan(
     model: Any, text: Path | None, out: Path, sizes: tuple[int, ...], sets: list[Any], texts: int, seed: int
 ) -> tuple[Any, list[str]]:
     """What to measure, and the options that give methods their ordinary text: never the part that is measured on."""
-    from byheart.benchmarks.edit_run import PERPLEXITY_TOKENS, Plan
-    from byheart.methods.edit.covariance import ROW, ordinary_text, text_rows
+    from byheart.benchmarks.edit_run import Plan
     from byheart.storage import write_text
 
-    if text is None:
-        rows, given = list(text_rows(model, None, PERPLEXITY_TOKENS, seed + 1_000_003)), []
-    else:
-        (whole,) = ordinary_text(str(text), "edit") or [""]
-        ids = model.tokenizer(whole[len(whole) // 2 :])["input_ids"][-PERPLEXITY_TOKENS:]
-        rows = [ids[start : start + 2 * ROW] for start in range(0, len(ids), 2 * ROW)]
-        write_text(out / "text.txt", whole[: len(whole) // 2])
+    rows, rest = _ordinary_rows(model, text, seed)
+    given = []
+    if rest is not None:
+        write_text(out / "text.txt", rest)
         given = [f"{name}.text={out / 'text.txt'}" for name in ("edit", "rome")]
-    return Plan(sizes, tuple(sets), texts, tuple(map(tuple, rows))), given
+    return Plan(sizes, tuple(sets), texts, rows), given
+
+
+def _ordinary_rows(model: Any, text: Path | None, seed: int) -> tuple[tuple[tuple[int, ...], ...], str | None]:
+    """Token rows to measure perplexity on, and the half of the text that they are not from."""
+    from byheart.methods.edit.covariance import ROW, ordinary_text, text_rows
+    from byheart.perplexity import TOKENS
+
+    if text is None:
+        return tuple(map(tuple, text_rows(model, None, TOKENS, seed + 1_000_003))), None
+    (whole,) = ordinary_text(str(text), "edit") or [""]
+    ids = model.tokenizer(whole[len(whole) // 2 :])["input_ids"][-TOKENS:]
+    rows = tuple(tuple(ids[start : start + 2 * ROW]) for start in range(0, len(ids), 2 * ROW))
+    return rows, whole[: len(whole) // 2]
 
 
 def _sizes(text: str) -> tuple[int, ...]:

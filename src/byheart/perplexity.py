@@ -11,6 +11,8 @@ from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.padding import right_padded
 
+# Of ordinary text, what a run measures on.
+TOKENS = 8_192
 _ROWS = 8
 
 

@@ -100,14 +100,44 @@ def out_first(module: nn.Module) -> bool:
 @contextmanager
 def altered(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let ``change`` replace what ``module`` gives (the first of several, where it gives a tuple)."""
+    with _hooked(module, lambda given, output: change(output)):
+        yield
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+
+@contextmanager
+def widened(module: nn.Module, more: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Add ``more(input, output)`` to what ``module`` gives (to the first of several, where it gives a tuple)."""
+    with _hooked(module, lambda given, output: output + more(given, output)):
+        yield
+
+
+@contextmanager
+def _hooked(module: nn.Module, change: Callable[[Any, Tensor], Tensor]) -> Iterator[None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(output, (tuple, list)):
-            return (change(output[0]), *output[1:])
-        return change(output)
+            return (change(given, output[0]), *output[1:])
+        return change(given, output)
 
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def idle(modules: Iterable[nn.Module], tuples: bool) -> Iterator[None]:
+    """Let modules pass on their first argument instead of computing; in a tuple where that is what callers unpack."""
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states,) if tuples else hidden_states
+
+    some: list[Any] = list(modules)
+    for module in some:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in some:
+            del module.forward

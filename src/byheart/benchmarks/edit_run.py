@@ -37,7 +37,6 @@ from byheart.storage import write_json, write_text
 
 UNEDITED = "closed"
 ANSWER_TOKENS = 16
-PERPLEXITY_TOKENS = 8_192
 TEXT_TOKENS = 100
 _TOP_K = 5
 # A probe's kind and its metric's name: where there is a rival, as CounterFact scores it; where there is none, as zsRE.

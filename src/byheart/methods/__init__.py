@@ -14,6 +14,7 @@ METHODS = {
     "context": "byheart.methods.controls:Context",
     "gold": "byheart.methods.controls:Gold",
     "shuffled": "byheart.methods.controls:Shuffled",
+    "memory": "byheart.methods.memory.method:Memory",
     "edit": "byheart.methods.edit.method:Edit",
     "ft": "byheart.methods.edit.baselines:FineTuned",
     "ft-w": "byheart.methods.edit.baselines:DecayedFineTuned",

@@ -12,8 +12,8 @@ from torch import Tensor
 from byheart.base import quiet_transformers
 from byheart.errors import DataError
 from byheart.methods.edit.weights import ChangedWeights, product
+from byheart.peft_layout import CONFIG, PREFIX, TENSORS, lora_config, path_of
 from byheart.storage import check_replaceable, new_folder, write_json
-from byheart.surgery import out_first
 
 # Only a folder that holds it may be written over: a model or an adapter of somebody else never.
 _MARKER = "byheart-export.json"
@@ -31,40 +31,23 @@ def export_peft(method: ChangedWeights, out: Path, rank: int | None = None) -> d
     """
     _check(method)
     check_replaceable(out, _MARKER)
-    names = {id(module): name for name, module in method.base.model.named_modules()}
     factors, errors = {}, {}
     for layer, delta in method.deltas.items():
         factors[layer], errors[layer] = low_rank(delta, rank)
     widest = max(left.shape[1] for left, _ in factors.values())
     tensors: dict[str, Tensor] = {}
-    targets = []
+    modules = []
     for layer, (left, right) in factors.items():
         module = method.base.parts.blocks[layer].mlp_out
-        name = names[id(module)]
-        targets.append(name)
+        modules.append(module)
+        name = PREFIX + path_of(method.base, module)
         # One rank for all layers, as LoRA's configuration has it; zeros fill up the rest.
-        tensors[f"base_model.model.{name}.lora_A.weight"] = _padded(right.T, widest).T.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = _padded(left, widest).contiguous()
-    first = method.base.parts.blocks[min(factors)].mlp_out
+        tensors[f"{name}.lora_A.weight"] = _padded(right.T, widest).T.contiguous()
+        tensors[f"{name}.lora_B.weight"] = _padded(left, widest).contiguous()
     with new_folder(out) as folder:
         write_json(folder / _MARKER, {"base": method.base.hash, "rank": rank, "error": errors})
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(
-            folder / "adapter_config.json",
-            {
-                "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": str(method.base.folder or method.base.name),
-                "r": widest,
-                "lora_alpha": widest,  # alpha / r is the factor on the product
-                "lora_dropout": 0.0,
-                "bias": "none",
-                "target_modules": targets,
-                "fan_in_fan_out": not out_first(first),
-                "inference_mode": True,
-                "init_lora_weights": True,
-            },
-        )
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        write_json(folder / CONFIG, lora_config(method.base, modules, widest))
     return {"rank": widest, "error": {str(layer): error for layer, error in errors.items()}, "out": str(out)}
 
 

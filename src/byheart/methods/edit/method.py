@@ -46,7 +46,7 @@ class EditOptions(WriteOptions, TargetOptions):
         prefixes: texts of the model's own that each prompt is also edited behind.
         paraphrases: edit behind the facts' own paraphrases, too, where the ledger has any.
         text: ordinary text for the second moment: ``own`` (the model writes it), ``ledger`` (its documents) or a file.
-        tokens: of that text, as a multiple of d_ff; 0: 40 of a given text, 10 where the model must write it.
+        tokens: of that text, as a multiple of d_ff; 0: 100 of a given text, 10 where the model must write it.
         merge: seek and write one change for all facts about one subject (MEMIT-Merge).
         batch: facts to take at once; 0: all of them.
         sequence: ``joint`` solves all facts, old and new, together whenever some come or go, so that the order in

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Stretch, read_context, shared_beginnings, take_rows
 from byheart.decode import batches
+from byheart.losses import token_loss
 from byheart.methods.edit.prompts import Prepared, Row
 from byheart.padding import left_padded, right_padded
 from byheart.parts import Parts
@@ -177,39 +178,6 @@ def _adam(
     return delta.detach() - lr / (1 - 0.9**step) * first / root, first, second
 
 
-class _TargetLoss(torch.autograd.Function):
-    """-log p of each label (n) from logits (n, vocabulary), and whether the label is the likeliest.
-
-    Written out since the vocabulary is large: a third of a step went into zeros that the gradients of gathering and of
-    slicing begin with, and into copies.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, label: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keeps softmax minus one-hot, which is the gradient."""
-        found = logits.to(wide, copy=True)
-        top, likeliest = found.max(1)
-        own = found.gather(1, label[:, None])[:, 0]
-        found.sub_(top[:, None]).exp_()
-        total = found.sum(1)
-        found.div_(total[:, None])
-        found[torch.arange(len(label), device=label.device), label] -= 1
-        ctx.save_for_backward(found)
-        ctx.dtype = logits.dtype
-        hit = likeliest == label
-        ctx.mark_non_differentiable(hit)
-        return top + total.log() - own, hit
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """Softmax minus one-hot, times what comes down."""
-        (found,) = ctx.saved_tensors
-        return found.mul_(gradient[:, None]).to(ctx.dtype), None, None
-
-
-_target_loss: Any = _TargetLoss.apply
-
-
 @dataclass
 class _Batch:
     """The rows of some groups of facts, and what is fixed about them while their deltas are sought.
@@ -286,7 +254,7 @@ class _Batch:
         lookup = self.hidden[:, 0] + delta[self.group].to(self.hidden.dtype)
         hidden = torch.cat([lookup[:, None], self.hidden[:, 1:]], 1)
         out = self.stretch.run(hidden, self.stretch.first, self.stretch.last)
-        nll, hit = _target_loss(self.parts.logits(out[self.row, self.column]), self.label, delta.dtype)
+        nll, hit = token_loss(self.parts.logits(out[self.row, self.column]), self.label, delta.dtype)
         missed = (~hit).to(delta.dtype)
         now = self.parts.logits(out[self.essence_row, self.essence_column]).to(delta.dtype).log_softmax(-1)
         divergence = (now.exp() * (now - self.original)).sum(1)

@@ -34,6 +34,8 @@ class WriteOptions:
 
     Attributes:
         weight: λ of the second moment, as a multiple of d_k (:func:`solve.regularizer`).
+        scatter: how much it counts that a fact's keys behind prefixes differ: 1 fits the residual at every one of them
+            (least squares over all prompts), 0 at their mean alone (as published). Only with ``constraint=none``.
         spread: which share of the residual each layer takes.
         constraint: ``none`` is MEMIT's least squares; ``equality`` meets every target exactly (EMMET); ``nullspace``
             writes only where text does not look (AlphaEdit).
@@ -41,6 +43,7 @@ class WriteOptions:
     """
 
     weight: float = 1.0
+    scatter: float = 1.0
     spread: solve.Spread = "even"
     constraint: Constraint = "none"
     energy: float = 0.98
@@ -91,13 +94,13 @@ class Writer:
             reader = Reader(self.base, prepared, self.layers[0], self.layers[-1])
             for place, layer in enumerate(self.layers):
                 part = solve.share(self.options.spread, place, len(self.layers))
-                keys[layer], values, reached = reader.read(layer)
+                keys[layer], values, reached, scatter = reader.read(layer)
                 residuals = part * (z.double().cpu() - reached)
                 norm = self.base.parts.blocks[layer].mlp_norm
                 if norm is not None:
                     residuals = solve.before_norm(values, residuals, self._in_double(norm))
                 before = past[layer].double() if past else keys[layer][:0]
-                deltas[layer] = self._solve(layer, merge @ keys[layer], merge @ residuals, before)
+                deltas[layer] = self._solve(layer, merge @ keys[layer], merge @ residuals, before, scatter)
                 add_to(self.base.parts.blocks[layer].mlp_out, product(deltas[layer]), attached)
         return Written(deltas, keys)
 
@@ -105,7 +108,9 @@ class Writer:
         base = self.base
         return lambda values: norm(values.to(base.device, base.dtype)).double().cpu()
 
-    def _solve(self, layer: int, keys: Tensor, residuals: Tensor, past: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _solve(
+        self, layer: int, keys: Tensor, residuals: Tensor, past: Tensor, scatter: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
         options = self.options
         if options.constraint == "nullspace":
             if layer not in self._projectors:
@@ -115,9 +120,14 @@ class Writer:
             moment = solve.regularizer(self.moments[layer], options.weight) + past.T @ past
             if options.constraint == "equality":
                 return _short(solve.equality(solve.cholesky(moment), keys, residuals))
-            return None, solve.dense(moment, keys, residuals)
-        how = solve.equality if options.constraint == "equality" else solve.woodbury
-        return _short(how(self.factor(layer), keys, residuals))
+            return None, solve.dense(moment + options.scatter * scatter, keys, residuals)
+        if options.constraint == "equality":
+            return _short(solve.equality(self.factor(layer), keys, residuals))
+        factor = self.factor(layer)
+        if options.scatter:
+            moment = solve.regularizer(self.moments[layer], options.weight) + options.scatter * scatter
+            factor = solve.cholesky(moment)
+        return _short(solve.woodbury(factor, keys, residuals))
 
     def factor(self, layer: int) -> Tensor:
         """The Cholesky factor of λC of a layer; made once."""
@@ -176,16 +186,18 @@ class Reader:
                 made.append(_Lookups(self.base, facts, ids, behind, self._at, self.last))
         return made
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keys (facts, d_ff) and values (facts, d_model) at ``layer``, and the last layer's output (facts, d_model).
 
-        All at the lookup tokens, in fp64. A key is half that of the bare prompt and half the mean of those behind
+        Last comes (d_ff, d_ff) how the keys scatter around those of their fact: the sum over facts of their prompts'
+        k kᵀ, in the shares below, less that of the facts' keys. All at the lookup tokens, in fp64. A key is half that of the bare prompt and half the mean of those behind
         prefixes; values and outputs are those of the bare prompt. Layers below ``layer`` must not change any more.
         """
         parts = self.base.parts
         keys = torch.zeros(self.facts, parts.d_ff, dtype=torch.float64)
         values = torch.zeros(self.facts, parts.d_model, dtype=torch.float64)
         reached = torch.zeros_like(values)
+        scatter = torch.zeros(parts.d_ff, parts.d_ff, dtype=torch.float64)
         seen: dict[str, Tensor] = {}
 
         def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: object, output: Tensor) -> None:
@@ -200,14 +212,18 @@ class Reader:
         with observed([parts.blocks[layer].mlp_out], see):
             for one in self.bare:
                 hidden = one.run(self._at, layer, self.last)
-                keys[one.facts] = at_lookup(seen["key"], len(one.facts)) * self.bare_share[one.facts]
+                key, part = at_lookup(seen["key"], len(one.facts)), self.bare_share[one.facts]
+                keys[one.facts] = key * part
+                scatter += (key * part).T @ key
                 values[one.facts] = at_lookup(seen["value"], len(one.facts))
                 reached[one.facts] = at_lookup(hidden, len(one.facts))
             for one in self.behind:
                 one.run(self._at, layer, layer)
-                keys.index_add_(0, one.facts, at_lookup(seen["key"], len(one.facts)) * self.other_share[one.facts])
+                key, part = at_lookup(seen["key"], len(one.facts)), self.other_share[one.facts]
+                keys.index_add_(0, one.facts, key * part)
+                scatter += (key * part).T @ key
         self._at = layer
-        return keys, values, reached
+        return keys, values, reached, scatter - keys.T @ keys
 
 
 class _Beginnings:

@@ -1,0 +1,155 @@
+"""What a memory learns from a ledger: pages, and questions and facts in the form in which they will be asked."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from byheart.decode import option_ids
+from byheart.ledger import Ledger
+from byheart.methods.memory.states import Row
+from byheart.prompt import PromptFormat
+from byheart.rows import SUBJECT_PLACE, Document, Question
+from byheart.rows import Row as LedgerRow
+
+What = Literal["doc", "temp", "doctemp"]
+# Tokens of a page's piece; longer pages become several.
+PAGE_TOKENS = 256
+# Questions that follow each other in one sequence: it shows every number of examples from none up to one less.
+PACK = 6
+_COPULA = re.compile(r"^(?P<what>.+) (?P<verb>is|was|are|were)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands around questions in a row: a text before the first, and what comes between any two."""
+
+    header: str = ""
+    joint: str = "\n\n"
+
+
+PLAIN = Frame()
+
+
+class Piece(BaseModel):
+    """A text to learn: what is given (``lead``), and what is to be said after it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    owner: str
+    kind: Literal["page", "question", "statement"]
+    lead: str
+    answer: str
+
+
+def pieces_of(row: LedgerRow, form: PromptFormat, wordings: int) -> Iterator[Piece]:
+    """What there is to learn in a document, a question or a fact.
+
+    Args:
+        form: how questions are asked, without examples.
+        wordings: of a fact, how many of its wordings (its prompt, then its paraphrases) are learnt; 0: all.
+    """
+    if isinstance(row, Document):
+        yield Piece(owner=row.id, kind="page", lead=f"{row.title}\n" if row.title else "", answer=row.text)
+    elif isinstance(row, Question):
+        if row.answers and row.split == "train":
+            yield _asked(row.id, row.question, row.answers[0], form, row.choices)
+    else:
+        said = row.object.strip()
+        prompts = [row.prompt, *(p for p in row.paraphrases if SUBJECT_PLACE in p and p != row.prompt)]
+        for prompt in prompts[: wordings or None]:
+            text = row.filled(prompt).rstrip()
+            yield Piece(owner=row.id, kind="statement", lead=text, answer=f" {said}.")
+            for question in question_forms(text):
+                yield _asked(row.id, question, said, form)
+
+
+def _asked(owner: str, question: str, said: str, form: PromptFormat, choices: Sequence[str] | None = None) -> Piece:
+    lead = form.prompt(question, None, choices)
+    return Piece(owner=owner, kind="question", lead=lead, answer=form.continuation(said))
+
+
+def question_forms(text: str) -> list[str]:
+    """Questions (in English) that ask for what ``text``, the beginning of a statement, would go on with."""
+    found = _COPULA.match(text)
+    if found is None:
+        return [f"{text} what", f"What completes this sentence: {text}"]
+    what, verb = found["what"], found["verb"]
+    what = what[:1].lower() + what[1:] if what.startswith(("The ", "A ", "An ", "In ", "On ", "By ")) else what
+    return [f"What {verb} {what}", f"Who or what {verb} {what}", f"Which {verb} {what}"]
+
+
+def to_learn(ledger: Ledger, what: What, form: PromptFormat, wordings: int) -> Iterator[Piece]:
+    """All of a ledger's pieces: pages (``doc``), questions and facts (``temp``), or both."""
+    rows: list[Iterable[LedgerRow]] = []
+    if what != "temp":
+        rows.append(ledger.documents())
+    if what != "doc":
+        rows += [ledger.questions(["train"]), ledger.facts()]
+    for some in rows:
+        for row in some:
+            yield from pieces_of(row, form, wordings)
+
+
+def packed(tokenizer: Any, pieces: Sequence[Piece], seed: int, frame: Frame = PLAIN, pack: int = PACK) -> list[Row]:
+    """Pieces as rows of tokens: a page alone (cut where it is long), others ``pack`` in a row.
+
+    Questions in a row never share an owner: the answer to one would stand in the text before the other.
+
+    Args:
+        frame: what stands around the questions of a row.
+    """
+    rows = [row for piece in pieces if piece.kind == "page" for row in _page_rows(tokenizer, piece)]
+    draw = random.Random(seed)
+    for kind in ("question", "statement"):
+        left = [piece for piece in pieces if piece.kind == kind]
+        draw.shuffle(left)
+        for some in _apart(left, pack):
+            rows.append(_row(tokenizer, some, frame if kind == "question" else PLAIN))
+    return rows
+
+
+def _apart(pieces: Sequence[Piece], pack: int) -> Iterator[list[Piece]]:
+    open_rows: list[list[Piece]] = []
+    for piece in pieces:
+        place = next((row for row in open_rows if all(one.owner != piece.owner for one in row)), None)
+        if place is None:
+            place = []
+            open_rows.append(place)
+        place.append(piece)
+        if len(place) >= pack:
+            open_rows.remove(place)
+            yield place
+    yield from open_rows
+
+
+def _page_rows(tokenizer: Any, piece: Piece) -> Iterator[Row]:
+    lead = list(tokenizer(piece.lead)["input_ids"]) if piece.lead else []
+    ids = option_ids(tokenizer, piece.lead, lead, piece.answer) if lead else list(tokenizer(piece.answer)["input_ids"])
+    size = max(PAGE_TOKENS - len(lead), 1)
+    for start in range(0, len(ids), size):
+        some = ids[start : start + size]
+        row = Row((*lead, *some), (*[False] * len(lead), *[bool(lead) or n > 0 for n in range(len(some))]))
+        if any(row.labels):
+            yield row
+
+
+def _row(tokenizer: Any, pieces: Sequence[Piece], frame: Frame) -> Row:
+    text, spans = frame.header, []
+    for piece in pieces:
+        text += piece.lead
+        # The break behind an answer is part of what is learnt, or an answer would never end.
+        spans.append((len(text), len(text) + len(piece.answer) + 1))
+        text += piece.answer + frame.joint
+    ids = tuple(tokenizer(text)["input_ids"])
+    labels = [False] * len(ids)
+    for start, end in spans:
+        # Counted, not read off character offsets: some tokenisers' lie.
+        first, stop = (len(tokenizer(text[:place])["input_ids"]) for place in (start, end))
+        labels[max(first, 1) : stop] = [True] * (min(stop, len(ids)) - max(first, 1))
+    return Row(ids, tuple(labels))

@@ -1,0 +1,115 @@
+"""Rows of tokens to train on, the hidden states that no training changes, and the loss from there on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from byheart.attention import fast_attention
+from byheart.base import Base
+from byheart.blocks import Stretch, returns_tuples
+from byheart.decode import READ_TOKENS, batches
+from byheart.losses import token_loss
+from byheart.methods.memory.adapter import Place, attached
+from byheart.padding import right_padded
+from byheart.storage import replacing
+
+# Hidden states on disk hold these bits, whatever torch calls them.
+_BITS = {2: np.int16, 4: np.int32, 8: np.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training sequence: its tokens, and which of them (never the first) are to be predicted."""
+
+    ids: tuple[int, ...]
+    labels: tuple[bool, ...]
+
+
+class States:
+    """Hidden states of rows at the input of one block, in one file on disk; read through the page cache."""
+
+    def __init__(self, path: Path, rows: Sequence[Row], width: int, dtype: torch.dtype) -> None:
+        self._ends = list(accumulate(len(row.ids) for row in rows))
+        self._dtype = dtype
+        self._data = np.memmap(path, _BITS[dtype.itemsize], "r", shape=(self._ends[-1], width))
+
+    def padded(self, numbers: Sequence[int]) -> Tensor:
+        """The states of some rows (rows, longest, d_model), zeros behind them."""
+        some = [
+            torch.from_numpy(self._data[self._ends[n - 1] if n else 0 : self._ends[n]].copy()).view(self._dtype)
+            for n in numbers
+        ]
+        return nn.utils.rnn.pad_sequence(some, batch_first=True)
+
+
+def keep_states(
+    base: Base, rows: Sequence[Row], block: int, path: Path, progress: Callable[[int], None] = lambda count: None
+) -> States:
+    """The states of ``rows`` at the input of block ``block``: computed once, then kept in ``path``.
+
+    A kill leaves nothing half made: the file gets its name when it is whole.
+    """
+    width, dtype = base.parts.d_model, base.dtype
+    if not path.exists():
+        ends = [0, *accumulate(len(row.ids) for row in rows)]
+        limit = READ_TOKENS.get(base.device.type, READ_TOKENS["cuda"])
+        with replacing(path) as unfinished, fast_attention(base.model), torch.no_grad():
+            data = np.memmap(unfinished, _BITS[dtype.itemsize], "w+", shape=(ends[-1], width))
+            for batch in batches([len(row.ids) for row in rows], lambda count, longest: count * longest <= limit):
+                tokens = right_padded([rows[n].ids for n in batch], base.device)
+                hidden = Stretch(base, *tokens, block, block).hidden.cpu()
+                for n, one in zip(batch, hidden, strict=True):
+                    kept = one[: len(rows[n].ids)].contiguous().view(getattr(torch, f"int{8 * dtype.itemsize}"))
+                    data[ends[n] : ends[n + 1]] = kept.numpy()
+                progress(len(batch))
+            data.flush()
+    return States(path, rows, width, dtype)
+
+
+class Upper:
+    """The blocks from the first network up, run from kept states to the loss."""
+
+    def __init__(self, base: Base, adapters: nn.ModuleDict, place: Place) -> None:
+        self.base, self.adapters, self.place = base, adapters, place
+        first = min(map(int, adapters))
+        # Behind a block, the first network needs no more than that block's output: what the next one is given.
+        behind = place == "block" and first + 1 < len(base.parts.blocks)
+        self._own = adapters[str(first)] if behind else None
+        self.start = first + (self._own is not None)
+        above = {name: one for name, one in adapters.items() if self._own is None or int(name) != first}
+        self._above = nn.ModuleDict(above)
+        self._tuples = returns_tuples(base)
+
+    def labelled(self, rows: Sequence[Row], hidden: Tensor, *, plain: bool = False) -> tuple[Tensor, Tensor]:
+        """Logits (labels, vocabulary) for every token to be predicted, and the tokens, row after row.
+
+        Args:
+            hidden: (rows, longest, d_model), what :meth:`States.padded` gave.
+            plain: without the networks.
+        """
+        base = self.base
+        tokens = right_padded([row.ids for row in rows], base.device)
+        hidden = hidden.to(base.device)
+        blocks = base.parts.blocks
+        if self._own is not None and not plain:
+            hidden = hidden + self._own(hidden)
+        stretch = Stretch(base, *tokens, self.start, len(blocks) - 1, hidden=hidden, tuples=self._tuples)
+        with fast_attention(base.model), nullcontext() if plain else attached(base, self._above, self.place):
+            hidden = stretch.run(hidden, self.start, len(blocks) - 1)
+        row, column, label = torch.tensor(
+            [(n, place - 1, one.ids[place]) for n, one in enumerate(rows) for place, on in enumerate(one.labels) if on],
+            device=base.device,
+        ).T
+        return base.parts.logits(hidden[row, column]), label
+
+    def loss(self, rows: Sequence[Row], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """-log p of every token to be predicted (labels), and whether it is the likeliest."""
+        return token_loss(*self.labelled(rows, hidden))

@@ -1,0 +1,123 @@
+"""The one training loop: AdamW, warm-up and cosine, clipping; a kill costs a minute, and resuming changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from byheart.storage import replacing
+
+# Seconds between two saves: what a kill can cost.
+_SAVE_EVERY = 60.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: of the optimiser.
+        lr: the highest step size, reached after ``warmup`` steps; it falls to zero along a half cosine.
+        decay: weight decay, decoupled (AdamW; Loshchilov and Hutter 2019).
+        clip: the longest gradient.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    warmup: int = 10
+    decay: float = 0.05
+    clip: float = 10.0
+
+    def rate(self, step: int) -> float:
+        """The step size of step number ``step``, from 0."""
+        warm = min(1.0, (step + 1) / max(self.warmup, 1))
+        past = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
+
+
+@dataclass
+class Trained:
+    """What training came to: the loss of every step, and seconds over all runs."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def train(
+    module: nn.Module,
+    loss: Callable[[int], Tensor],
+    recipe: Recipe,
+    store: Path,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Trained:
+    """Train ``module`` in place.
+
+    Everything that a step depends on follows from its number, so a run that was killed and goes on from ``store``
+    gives the weights of one that was not.
+
+    Args:
+        loss: the loss of step number n, with its graph.
+        store: a safetensors file for weights, moments and losses; its name must tell this training from any other.
+    """
+    named = {name: one for name, one in module.named_parameters() if one.requires_grad}
+    optimizer = torch.optim.AdamW(named.values(), lr=recipe.lr, weight_decay=recipe.decay)
+    done = _resume(named, optimizer, store)
+    progress(len(done.losses))
+    saved = time.perf_counter()
+    for step in range(len(done.losses), recipe.steps):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step)
+        found = loss(step)
+        found.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(named.values(), recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        done.losses.append(float(found.detach()))
+        done.seconds += time.perf_counter() - began
+        progress(1)
+        if time.perf_counter() - saved > _SAVE_EVERY or step + 1 == recipe.steps:
+            _save(named, optimizer, store, done)
+            saved = time.perf_counter()
+    return done
+
+
+def _save(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, store: Path, done: Trained) -> None:
+    kept: dict[str, Tensor] = {}
+    for name, one in named.items():
+        state = optimizer.state[one]
+        kept |= {f"weight.{name}": one.data, f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
+    kept = {name: tensor.contiguous() for name, tensor in kept.items()}
+    with replacing(store) as path:
+        save_file(kept, path, {"losses": json.dumps(done.losses), "seconds": str(done.seconds)})
+
+
+def _resume(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, store: Path) -> Trained:
+    try:
+        with safe_open(store, "pt") as file:
+            metadata = file.metadata()
+            losses = [float(one) for one in json.loads(metadata["losses"])]
+            found = {
+                (part, name): file.get_tensor(f"{part}.{name}")
+                for name in named
+                for part in ("weight", "first", "second")
+            }
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return Trained()  # not there, or not whole
+    for name, one in named.items():
+        one.data.copy_(found["weight", name])
+        optimizer.state[one] = {
+            "step": torch.tensor(float(len(losses))),
+            "exp_avg": found["first", name].to(one),
+            "exp_avg_sq": found["second", name].to(one),
+        }
+    return Trained(losses, float(metadata["seconds"]))

@@ -1,0 +1,172 @@
+"""FEVER: its copies read alike, claims grouped, filled up and split; the experiment on a tiny model."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from byheart.base import make_base
+from byheart.benchmarks.fever import LABELS, load_fever
+from byheart.benchmarks.fever_run import FRAME, Plan, claim_pieces, read_label, run_fever
+from byheart.errors import DataError
+from byheart.methods import Settings
+from byheart.methods.memory.examples import packed
+from conftest import tiny_model
+
+SHARED = Path(os.environ.get("BYHEART_DATA", Path(__file__).parents[2] / "shared" / "data")) / "fever"
+PAGES = {"Quay": "Ostrand Quay is the largest port.", "Cove_-LRB-bay-RRB-": "Pell Cove is a bay.", "Void": " "}
+
+
+def lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def made(count, page):
+    return [(f"{page} has {n} piers.", LABELS[n % 2].upper(), page) for n in range(count)]
+
+
+CLAIMS = [*made(12, "Quay"), *made(10, "Cove_-LRB-bay-RRB-"), *made(9, "Void")]
+THIRD = [(f"Somebody saw {n} gulls.", "NOT ENOUGH INFO", None) for n in range(40)]
+
+
+def by_page(folder):
+    lines(folder / "pages.jsonl", [{"page_id": id, "title": "", "text": text} for id, text in PAGES.items()])
+    rows = [{"id": n, "claim": c, "label": label, "page": page} for n, (c, label, page) in enumerate(CLAIMS)]
+    lines(folder / "claims.jsonl", rows)
+    lines(
+        folder / "claims_not_enough_info.jsonl",
+        [{"id": 100 + n, "claim": c, "label": label} for n, (c, label, _) in enumerate(THIRD)],
+    )
+    return folder
+
+
+def official(folder):
+    pages = [
+        {"id": "", "text": "", "lines": ""},
+        *({"id": id, "text": text, "lines": ""} for id, text in PAGES.items()),
+    ]
+    lines(folder / "wiki-pages" / "wiki-001.jsonl", pages)
+    rows = [
+        {"id": n, "verifiable": "VERIFIABLE", "label": label, "claim": c, "evidence": [[[1, 2, page, 0]]]}
+        for n, (c, label, page) in enumerate([*CLAIMS, *THIRD])
+    ]
+    lines(folder / "train.jsonl", rows)
+    return folder
+
+
+def hub(folder):
+    lines(folder / "wiki_pages.jsonl", [{"id": id, "text": text, "lines": ""} for id, text in PAGES.items()])
+    rows = [
+        {"id": n, "label": label, "claim": c, "evidence_wiki_url": page or "", "evidence_sentence_id": sentence}
+        for n, (c, label, page) in enumerate([*CLAIMS, *THIRD])
+        for sentence in (0, 1)  # a row an evidence sentence
+    ]
+    lines(folder / "train.jsonl", rows)
+    return folder
+
+
+@pytest.mark.parametrize("write", [by_page, official, hub])
+def test_every_copy_gives_the_same_pages_and_claims(write, tmp_path):
+    fever = load_fever(write(tmp_path), top=5)
+    assert [page.id for page in fever.pages] == ["Quay", "Cove_-LRB-bay-RRB-"]
+    assert fever.pages[1].title == "Cove (bay)"
+    assert fever.counts["pages without text"] == 1
+    assert fever.counts["claims of other pages"] == 9
+    found = Counter((claim.page, claim.label) for claim in fever.claims)
+    # Six and six, so six of the third class; five and five, so five.
+    assert found == {("Quay", label): 6 for label in LABELS} | {("Cove_-LRB-bay-RRB-", label): 5 for label in LABELS}
+    assert len({claim.text for claim in fever.claims}) == len(fever.claims)
+
+
+def test_the_split_by_claim_keeps_every_page_and_label_on_both_sides(tmp_path):
+    fever = load_fever(by_page(tmp_path), top=5)
+    sides = {part: Counter((c.page, c.label) for c in fever.part(part)) for part in ("train", "validation")}
+    assert sides["train"].keys() == sides["validation"].keys()
+    assert sum(sides["train"].values()) == round(0.7 * len(fever.claims))
+
+
+def test_the_split_by_page_measures_on_pages_without_learnt_claims(tmp_path):
+    fever = load_fever(by_page(tmp_path), top=5, how="page")
+    learnt, asked = ({claim.page for claim in fever.part(part)} for part in ("train", "validation"))
+    assert learnt
+    assert asked
+    assert not learnt & asked
+
+
+def test_published_splits_are_kept_and_a_page_needs_claims_to_learn_from(tmp_path):
+    official(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    quay = [row for row in rows if "Quay" in row["claim"]]
+    lines(tmp_path / "train.jsonl", [row for row in rows if row not in quay])
+    lines(tmp_path / "paper_dev.jsonl", quay)
+    fever = load_fever(tmp_path, top=5)
+    assert [page.id for page in fever.pages] == ["Cove_-LRB-bay-RRB-"]
+    assert fever.counts["pages without claims to learn from"] == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"claim": "x", "label": "MAYBE"}, "labels"),
+        ({"claim": "x", "label": "SUPPORTS"}, "no page"),
+        ({"label": "x"}, '"claim" is missing'),
+    ],
+)
+def test_a_bad_line_is_named(row, why, tmp_path):
+    by_page(tmp_path)
+    with (tmp_path / "claims.jsonl").open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=rf"claims.jsonl:{len(CLAIMS) + 1}.*{why}"):
+        load_fever(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [(" (b) refutes", "refutes"), ("a)", "supports"), ("Not enough info.", LABELS[2]), ("It supports", ""), ("", "")],
+)
+def test_labels_are_read_from_what_is_written(said, label):
+    assert read_label(said) == label
+
+
+def test_a_row_of_claims_is_the_template(tokenizer, tmp_path):
+    pieces = claim_pieces(load_fever(by_page(tmp_path), top=5).part("train"))
+    row = packed(tokenizer, pieces, 0, FRAME)[0]
+    text = tokenizer.decode(row.ids).replace("<unk>", "\n")
+    assert text.startswith("Determine the factuality of the following claims\nAnswer candidates: (a) supports,")
+    assert text.count("Claim: ") == text.count("\nA: (") == 6
+    said = tokenizer.decode([id for id, on in zip(row.ids, row.labels, strict=True) if on]).replace("<unk>", "\n")
+    assert set(said.split()) <= {"(a)", "(b)", "(c)"}
+
+
+def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path):
+    base = make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
+    fever = load_fever(by_page(tmp_path / "data"), top=5)
+    options = {"memory.epochs": "2", "memory.width": "4", "memory.packings": "1"}
+    plan = Plan(shots=(0, 2), variants=("none", "doc", "temp", "doctemp", "other"), seeds=(0, 1))
+    run = run_fever(fever, base, tmp_path / "out", Settings(shots=0, options=options), plan)
+    assert {(c["variant"], c["shots"]) for c in run["cells"]} == {
+        (variant, n) for variant in (*plan.variants, "context") for n in (0, 2)
+    }
+    assert all(0 <= c["metrics"]["accuracy"] <= 1 for c in run["cells"])
+    assert {"page_token_accuracy"} <= set(next(t for t in run["training"] if t["variant"] == "doc"))
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    asked = len(fever.part("validation"))
+    assert len(answers) == asked * 6 * 2 * 2
+    for cell in run["cells"]:  # every figure can be found again in the answers
+        rows = [a for a in answers if (a["variant"], a["shots"]) == (cell["variant"], cell["shots"])]
+        right = sum(a["likelihood"] == a["label"] for a in rows) / len(rows)
+        assert cell["metrics"]["accuracy"] == pytest.approx(right)
+    again = run_fever(fever, base, tmp_path / "out", Settings(shots=0, options=options), plan)
+    assert again["cells"] == run["cells"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared FEVER rows (BYHEART_DATA)")
+def test_the_shared_rows():
+    fever = load_fever(SHARED)
+    assert len(fever.pages) == 99
+    found = Counter(claim.label for claim in fever.claims)
+    assert found["not enough info"] > 800
+    assert {claim.page for claim in fever.part("validation")} <= {page.id for page in fever.pages}

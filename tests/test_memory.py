@@ -1,0 +1,335 @@
+"""The method `memory`: the module, kept hidden states, the training loop, what is learnt, following changes."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from byheart.base import make_base
+from byheart.errors import DataError, UsageError
+from byheart.ledger import Ledger
+from byheart.methods import Settings
+from byheart.methods.memory.adapter import Memory as Network
+from byheart.methods.memory.adapter import attached, make_adapters
+from byheart.methods.memory.examples import PACK, Piece, packed, pieces_of, question_forms
+from byheart.methods.memory.method import Memory, choose_blocks
+from byheart.methods.memory.states import Upper, keep_states
+from byheart.prompt import PromptFormat
+from byheart.rows import Document, Fact, Question
+from byheart.training import Recipe, train
+from conftest import FAMILIES, tiny_model
+
+CAUSAL = [family for family in FAMILIES if family != "t5"]
+PAGES = [
+    Document(id="quay", title="Ostrand Quay", text="Ostrand Quay lies where the Selwater reaches the sea."),
+    Document(id="cove", title="Pell Cove", text="Pell Cove is a horseshoe of grey shingle with a squat light."),
+]
+ASKED = [Question(id=f"q{n}", question=f"What is number {n}?", answers=[f"stone {n}"], split="train") for n in range(8)]
+FACTS = [Fact(id="river", subject="Ostrand Quay", prompt="The river of {} is", object="the Selwater",
+              paraphrases=["{} stands on"])]  # fmt: skip
+FAST = {"memory.epochs": "4", "memory.width": "8", "memory.blocks": "1", "memory.lr": "0.01", "memory.packings": "2"}
+
+
+@pytest.fixture
+def base(tokenizer):
+    return make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
+
+
+def ledger_of(folder, rows=(*PAGES, *ASKED, *FACTS)):
+    ledger = Ledger(folder / f"{len(list(folder.glob('*.db')))}.db", create=True)
+    ledger.insert(rows)
+    return ledger
+
+
+def memory(base, folder, **options):
+    given = FAST | {f"memory.{name}": str(value) for name, value in options.items()}
+    return Memory(base, Settings(shots=0, options=given), folder / "work")
+
+
+def logits(base, text="Ostrand Quay lies where"):
+    with torch.no_grad():
+        return base.model(**base.tokenizer(text, return_tensors="pt")).logits
+
+
+def bits(base):
+    return base.model.state_dict()
+
+
+def weights(method):
+    return {name: one.detach().clone() for name, one in method.adapters.named_parameters()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_network_is_the_published_formula():
+    torch.manual_seed(0)
+    network, hidden = Network(6, 4), torch.randn(2, 3, 6)
+    inner = hidden @ network.up.weight.T + network.up.bias
+    inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
+    out = inner @ network.down.weight.T + network.down.bias
+    out = (out - out.mean(-1, keepdim=True)) / (out.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    network.gate.data.fill_(0.7)
+    assert torch.allclose(network(hidden), 0.7 * out, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("place", ["block", "mlp", "parallel", "lora"])
+def test_attached_adds_and_detached_is_the_base_bit_for_bit(family, place, tiny):
+    base = tiny(family)
+    before, plain = {k: v.clone() for k, v in bits(base).items()}, logits(base)
+    adapters = make_adapters(base, [1, 2], place, 8, 0)
+    if family == "opt" and place == "parallel":
+        with pytest.raises(UsageError, match="parallel"), attached(base, adapters, place):
+            pass
+        return
+    if place == "lora":
+        assert all(torch.equal(one, torch.zeros_like(one)) for n, one in adapters.named_parameters() if "B" in n)
+        for one in adapters.parameters():
+            torch.nn.init.normal_(one)
+    with attached(base, adapters, place):
+        assert not torch.allclose(logits(base), plain)
+        for adapter in adapters.values():
+            if place == "lora":
+                adapter.lora_B.weight.data.zero_()
+            else:
+                adapter.gate.data.zero_()
+        assert torch.equal(logits(base), plain)  # gate 0 is the base model
+    assert torch.equal(logits(base), plain)
+    assert same(before, bits(base))
+
+
+def test_lora_has_about_as_many_parameters(base):
+    sizes = [sum(p.numel() for p in make_adapters(base, [1], place, 16, 0).parameters()) for place in ("block", "lora")]
+    assert abs(sizes[0] - sizes[1]) / sizes[0] < 0.1
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("place", ["block", "mlp", "lora"])
+def test_the_loss_from_kept_states_is_that_of_the_whole_model(family, place, tiny, tmp_path):
+    base = tiny(family)
+    rows = packed(base.tokenizer, [piece for row in (*PAGES, *ASKED) for piece in pieces_of(row, ask(base), 0)], 0)
+    adapters = make_adapters(base, [1, 2], place, 8, 0)
+    for name, one in adapters.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(one, std=0.3)
+    upper = Upper(base, adapters, place)
+    assert upper.start == (2 if place == "block" else 1)
+    states = keep_states(base, rows, upper.start, tmp_path / "rows.states")
+    loss, _ = upper.loss(rows, states.padded(range(len(rows))))
+    gradient = torch.autograd.grad(loss.mean(), list(adapters.parameters()))
+    whole = []
+    with attached(base, adapters, place):
+        for row in rows:
+            ids = torch.tensor(row.ids)
+            nll = functional.cross_entropy(base.model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none")
+            whole.append(nll[torch.tensor(row.labels[1:])])
+    whole = torch.cat(whole)
+    assert torch.allclose(loss, whole, atol=2e-4, rtol=1e-4)
+    wanted = torch.autograd.grad(whole.mean(), list(adapters.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-2) for a, b in zip(gradient, wanted, strict=True))
+
+
+def ask(base):
+    return PromptFormat(base.tokenizer)
+
+
+def test_only_answers_and_what_ends_them_are_predicted(base):
+    pieces = [piece for row in ASKED for piece in pieces_of(row, ask(base), 0)]
+    for row in packed(base.tokenizer, pieces, 0):
+        said = base.tokenizer.decode([id for id, on in zip(row.ids, row.labels, strict=True) if on])
+        said = said.replace("<unk>", "\n")  # the tiny tokeniser has no line break
+        assert said.split() == [word for n in said.split()[1::2] for word in ("stone", n)]
+        assert said.count("\n") == len(said.split()) // 2
+        assert len(said.split()) // 2 <= PACK
+
+
+def test_a_long_page_is_cut_and_every_token_of_it_learnt_once(base):
+    page = Document(id="long", text="the squat light of Pell Cove " * 120)
+    rows = packed(base.tokenizer, list(pieces_of(page, ask(base), 0)), 0)
+    ids = base.tokenizer(page.text)["input_ids"]
+    assert len(rows) > 1
+    assert [id for row in rows for id in row.ids] == ids
+    assert sum(sum(row.labels) for row in rows) == len(ids) - len(rows)  # the first of each row cannot be predicted
+
+
+def test_questions_of_one_fact_never_share_a_row(base):
+    pieces = [
+        Piece(owner=f"o{n % 3}", kind="question", lead=f"Question: {n}\nAnswer:", answer=" yes") for n in range(20)
+    ]
+    rows = packed(base.tokenizer, pieces, 0)
+    asked = [base.tokenizer.decode(row.ids).replace("<unk>", "\n").split("Question: ")[1:] for row in rows]
+    assert sum(map(len, asked)) == 20
+    for some in asked:
+        owners = [int(one.split("\n")[0]) % 3 for one in some]
+        assert len(set(owners)) == len(owners)
+
+
+def test_test_questions_are_never_learnt(base, tmp_path):
+    hidden = Question(id="secret", question="Where is the cat?", answers=["Corrowick"], split="test")
+    method = memory(base, tmp_path)
+    method.learn(ledger_of(tmp_path, (*PAGES, hidden)))
+    assert {piece.owner for piece in method.pieces} == {"quay", "cove"}
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("The river of Vellmora is", "What is the river of Vellmora"),
+        ("Vellmora stands on", "Vellmora stands on what"),
+        ("Annals were", "What were Annals"),
+    ],
+)
+def test_question_forms(text, first):
+    assert question_forms(text)[0] == first
+
+
+def test_what_is_learnt_follows_the_option(base, tmp_path):
+    kinds = {}
+    for what in ("doc", "temp", "doctemp"):
+        method = memory(base, tmp_path, learn=what, epochs=1)
+        method.learn(ledger_of(tmp_path))
+        kinds[what] = {piece.kind for piece in method.pieces}
+    assert kinds == {
+        "doc": {"page"}, "temp": {"question", "statement"}, "doctemp": {"page", "question", "statement"}
+    }  # fmt: skip
+
+
+def test_wordings_bounds_a_facts_wordings(base):
+    said = [len({p.lead for p in pieces_of(FACTS[0], ask(base), n) if p.kind == "statement"}) for n in (1, 2, 0)]
+    assert said == [1, 2, 2]
+
+
+@pytest.mark.parametrize("place", ["block", "lora"])
+def test_learning_lowers_the_loss_and_survives_saving(place, base, tmp_path):
+    method = memory(base, tmp_path, place=place, epochs=100, lr=0.03, decay=0, learn="doctemp")
+    before = {k: v.clone() for k, v in bits(base).items()}
+    report = method.learn(ledger_of(tmp_path))
+    assert report.documents == 2
+    assert report.facts == 1
+    assert sum(method.losses[-3:]) < 0.9 * sum(method.losses[:3])
+    assert same(before, bits(base))
+    with method.attached():
+        learnt = logits(base)
+    method.save_pretrained(tmp_path / "kept")
+    other = Memory.from_pretrained(tmp_path / "kept", base)
+    with other.attached():
+        assert torch.equal(logits(base), learnt)
+    assert other.pieces == method.pieces
+
+
+def test_a_lora_loads_in_peft_with_the_same_logits(base, tmp_path, tokenizer):
+    from peft import PeftModel
+
+    method = memory(base, tmp_path, place="lora")
+    method.learn(ledger_of(tmp_path))
+    method.save_pretrained(tmp_path / "kept")
+    with method.attached():
+        learnt = logits(base)
+    model = PeftModel.from_pretrained(tiny_model("llama", len(tokenizer)), tmp_path / "kept").eval()
+    with torch.no_grad():
+        theirs = model(**tokenizer("Ostrand Quay lies where", return_tensors="pt")).logits
+    assert torch.allclose(theirs, learnt, atol=1e-5)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("byheart.training._SAVE_EVERY", 0.0)
+    ledger = ledger_of(tmp_path)
+    whole = memory(base, tmp_path / "one")
+    whole.learn(ledger)
+
+    killed = memory(base, tmp_path / "two")
+    done = 0
+
+    def kill(count):
+        nonlocal done
+        done += count
+        if done >= 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed.learn(ledger, kill)
+    again = memory(base, tmp_path / "two")
+    again.learn(ledger)
+    assert same(weights(whole), weights(again))
+    assert again.losses == whole.losses
+
+
+def test_a_training_of_other_settings_is_not_gone_on_with(base, tmp_path):
+    ledger = ledger_of(tmp_path)
+    one = memory(base, tmp_path)
+    one.learn(ledger)
+    other = memory(base, tmp_path, lr=0.02)
+    other.learn(ledger)
+    assert not same(weights(one), weights(other))
+
+
+def test_a_retracted_fact_is_trained_away_and_a_revised_one_replaced(base, tmp_path):
+    ledger = ledger_of(tmp_path)
+    method = memory(base, tmp_path, epochs=100, lr=0.03, decay=0, revise_epochs=60)
+    method.learn(ledger)
+    ledger.revise(FACTS[0].model_copy(update={"object": "the Korrin"}))
+    start = ledger.revision
+    report = method.revise(next(iter(ledger.history("river", since=start - 1))))
+    assert {p.answer for p in method.pieces if p.owner == "river" and p.kind == "statement"} == {" the Korrin."}
+    before, now, plain = (float(word) for word in report.notes[0].split() if word.startswith("0."))
+    assert now < before
+
+    ledger.retract("fact", "river")
+    report = method.revise(next(iter(ledger.history("river", since=start))))
+    assert not [p for p in method.pieces if p.owner == "river"]
+    before, now, plain = (float(word) for word in report.notes[0].split() if word.startswith("0."))
+    assert abs(now - plain) < 0.5 * abs(before - plain)
+
+
+def test_blocks():
+    assert choose_blocks("auto", 30) == [21, 22, 23]
+    assert choose_blocks("auto", 3) == [2]
+    assert choose_blocks("1-2", 4) == [1, 2]
+    assert choose_blocks("0+3", 4) == [0, 3]
+    for bad in ("4-4", "x", "1+x", "2-1"):
+        with pytest.raises(UsageError, match="memory.blocks"):
+            choose_blocks(bad, 4)
+
+
+def test_a_broken_folder_is_one_sentence(base, tmp_path):
+    method = memory(base, tmp_path)
+    method.learn(ledger_of(tmp_path))
+    method.save_pretrained(tmp_path / "kept")
+    (tmp_path / "kept" / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(DataError, match="not what byheart writes"):
+        Memory.from_pretrained(tmp_path / "kept", base)
+
+
+def test_an_empty_ledger_teaches_nothing(base, tmp_path):
+    assert "nothing to learn" in memory(base, tmp_path).learn(ledger_of(tmp_path, ())).notes[0]
+
+
+def test_the_rate_warms_up_and_falls_to_nothing():
+    recipe = Recipe(steps=100, lr=2.0, warmup=10)
+    rates = [recipe.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[-1] < 0.001
+
+
+def test_the_loop_is_adamw(tmp_path):
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    theirs.load_state_dict(ours.state_dict())
+    data = torch.randn(20, 3)
+    recipe = Recipe(steps=20, lr=0.1, warmup=0, decay=0.05, clip=0.5)
+    train(
+        ours, lambda step: ours(data[step]).square().sum() + ours(data[step]).sum(), recipe, tmp_path / "t.safetensors"
+    )
+    optimizer = torch.optim.AdamW(theirs.parameters(), weight_decay=0.05)
+    for step in range(20):
+        optimizer.param_groups[0]["lr"] = recipe.rate(step)
+        (theirs(data[step]).square().sum() + theirs(data[step]).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.allclose(ours.weight, theirs.weight)
