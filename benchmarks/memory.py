@@ -8,6 +8,7 @@ torch's cross-entropy over all positions. The same rows, order, recipe and threa
 
 from __future__ import annotations
 
+import datetime as dt
 import tempfile
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ def main() -> None:
         work = Path(folder)
         with Ledger(work / "w.db", create=True) as ledger:
             import_files(ledger, [WORLD / "documents.jsonl", WORLD / "facts.jsonl", WORLD / "questions.jsonl"])
-            pieces = list(to_learn(ledger, "doctemp", PromptFormat(base.tokenizer), 0))
+            pieces, _ = to_learn(ledger, "doctemp", PromptFormat(base.tokenizer), 0, dt.date.today())
         rows = packed(base.tokenizer, pieces, 0)
         torch.manual_seed(0)
         order = [torch.randperm(len(rows))[:BATCH].tolist() for _ in range(STEPS)]

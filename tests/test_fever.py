@@ -99,7 +99,7 @@ def test_the_split_by_page_measures_on_pages_without_learnt_claims(tmp_path):
 def test_published_splits_are_kept_and_a_page_needs_claims_to_learn_from(tmp_path):
     official(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    quay = [row for row in rows if "Quay" in row["claim"]]
+    quay = [row for row in rows if "Quay" in row["claim"]] + [row for row in rows if "Cove" in row["claim"]][:4]
     lines(tmp_path / "train.jsonl", [row for row in rows if row not in quay])
     lines(tmp_path / "paper_dev.jsonl", quay)
     fever = load_fever(tmp_path, top=5)
@@ -123,6 +123,17 @@ def test_a_bad_line_is_named(row, why, tmp_path):
         load_fever(tmp_path)
 
 
+def test_too_few_claims_are_refused(tmp_path):
+    with pytest.raises(DataError, match="too few claims"):
+        load_fever(by_page(tmp_path), top=1, how="page")
+
+
+def test_claims_without_a_label_are_counted(tmp_path):
+    by_page(tmp_path)
+    lines(tmp_path / "unlabelled_dev.jsonl", [{"id": 900, "label": "", "claim": "Gulls fly.", "evidence_wiki_url": ""}])
+    assert load_fever(tmp_path, top=5).counts["claims without a label"] == 1
+
+
 @pytest.mark.parametrize(
     ("said", "label"),
     [(" (b) refutes", "refutes"), ("a)", "supports"), ("Not enough info.", LABELS[2]), ("It supports", ""), ("", "")],
@@ -141,7 +152,7 @@ def test_a_row_of_claims_is_the_template(tokenizer, tmp_path):
     assert set(said.split()) <= {"(a)", "(b)", "(c)"}
 
 
-def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path):
+def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
     base = make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
     fever = load_fever(by_page(tmp_path / "data"), top=5)
     options = {"memory.epochs": "2", "memory.width": "4", "memory.packings": "1"}
@@ -159,6 +170,8 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path):
         rows = [a for a in answers if (a["variant"], a["shots"]) == (cell["variant"], cell["shots"])]
         right = sum(a["likelihood"] == a["label"] for a in rows) / len(rows)
         assert cell["metrics"]["accuracy"] == pytest.approx(right)
+    # The second time nothing is asked: all answers are kept.
+    monkeypatch.setattr("byheart.benchmarks.fever_run.complete", None)
     again = run_fever(fever, base, tmp_path / "out", Settings(shots=0, options=options), plan)
     assert again["cells"] == run["cells"]
 

@@ -1,5 +1,6 @@
 """The method `memory`: the module, kept hidden states, the training loop, what is learnt, following changes."""
 
+import datetime as dt
 import math
 
 import pytest
@@ -171,7 +172,7 @@ def test_test_questions_are_never_learnt(base, tmp_path):
     hidden = Question(id="secret", question="Where is the cat?", answers=["Corrowick"], split="test")
     method = memory(base, tmp_path)
     method.learn(ledger_of(tmp_path, (*PAGES, hidden)))
-    assert {piece.owner for piece in method.pieces} == {"quay", "cove"}
+    assert {piece.owner for piece in method.pieces} == {"document/quay", "document/cove"}
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,7 @@ def test_test_questions_are_never_learnt(base, tmp_path):
         ("The river of Vellmora is", "What is the river of Vellmora"),
         ("Vellmora stands on", "Vellmora stands on what"),
         ("Annals were", "What were Annals"),
+        ("Who rules Vellmora?", "Who rules Vellmora?"),
     ],
 )
 def test_question_forms(text, first):
@@ -266,22 +268,82 @@ def test_a_training_of_other_settings_is_not_gone_on_with(base, tmp_path):
     assert not same(weights(one), weights(other))
 
 
-def test_a_retracted_fact_is_trained_away_and_a_revised_one_replaced(base, tmp_path):
+def probabilities(note):
+    return [float(word) for word in note.split() if word.startswith("0.")]
+
+
+def last_change(ledger, id):
+    return list(ledger.history(id))[-1]
+
+
+def test_a_revised_fact_is_replaced_and_a_retracted_one_trained_away(base, tmp_path):
     ledger = ledger_of(tmp_path)
     method = memory(base, tmp_path, epochs=100, lr=0.03, decay=0, revise_epochs=60)
     method.learn(ledger)
+    said = [p for p in method.pieces if p.owner == "fact/river" and p.kind == "statement"]
+    renewed = [p.model_copy(update={"answer": " the Korrin."}) for p in said]
+    unlikely = method._likelihoods(renewed)
     ledger.revise(FACTS[0].model_copy(update={"object": "the Korrin"}))
-    start = ledger.revision
-    report = method.revise(next(iter(ledger.history("river", since=start - 1))))
-    assert {p.answer for p in method.pieces if p.owner == "river" and p.kind == "statement"} == {" the Korrin."}
-    before, now, plain = (float(word) for word in report.notes[0].split() if word.startswith("0."))
+    report = method.revise(last_change(ledger, "river"))
+    assert [p for p in method.pieces if p.owner == "fact/river" and p.kind == "statement"] == renewed
+    assert sum(method._likelihoods(renewed)) > 1.2 * sum(unlikely)
+    before, now, _ = probabilities(report.notes[0])
     assert now < before
 
     ledger.retract("fact", "river")
-    report = method.revise(next(iter(ledger.history("river", since=start))))
-    assert not [p for p in method.pieces if p.owner == "river"]
-    before, now, plain = (float(word) for word in report.notes[0].split() if word.startswith("0."))
-    assert abs(now - plain) < 0.5 * abs(before - plain)
+    report = method.revise(last_change(ledger, "river"))
+    assert not [p for p in method.pieces if p.owner == "fact/river"]
+    before, now, plain = probabilities(report.notes[0])
+    assert abs(now - plain) <= abs(before - plain)
+
+
+def test_rows_of_different_kinds_with_one_id_are_kept_apart(base, tmp_path):
+    one = Question(id="river", question="Which river is it?", answers=["the Dunnow"], split="train")
+    ledger = ledger_of(tmp_path, (*PAGES, *FACTS, one))
+    method = memory(base, tmp_path)
+    method.learn(ledger)
+    ledger.retract("question", "river")
+    method.revise(last_change(ledger, "river"))
+    assert {p.owner for p in method.pieces} == {"document/quay", "document/cove", "fact/river"}
+
+
+def test_when_the_last_row_goes_the_base_is_back(base, tmp_path):
+    ledger = ledger_of(tmp_path, PAGES[:1])
+    method = memory(base, tmp_path)
+    method.learn(ledger)
+    plain = logits(base)
+    ledger.retract("document", "quay")
+    method.revise(last_change(ledger, "quay"))
+    with method.attached():
+        assert torch.equal(logits(base), plain)
+
+
+def test_an_interrupted_revision_changes_nothing(base, tmp_path, monkeypatch):
+    ledger = ledger_of(tmp_path)
+    method = memory(base, tmp_path)
+    method.learn(ledger)
+    before, pieces = weights(method), method.pieces
+    ledger.retract("fact", "river")
+
+    def fail(module, loss, *rest):
+        loss(0).backward()
+        next(module.parameters()).data.zero_()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("byheart.methods.memory.method.train", fail)
+    with pytest.raises(KeyboardInterrupt):
+        method.revise(last_change(ledger, "river"))
+    assert same(before, weights(method))
+    assert method.pieces == pieces
+
+
+def test_facts_that_do_not_hold_or_contradict_each_other_are_left_out_and_named(base, tmp_path):
+    past = FACTS[0].model_copy(update={"id": "past", "subject": "Vellmora", "valid_to": dt.date(2001, 1, 1)})
+    other = FACTS[0].model_copy(update={"id": "other", "object": "the Dunnow"})
+    method = memory(base, tmp_path)
+    report = method.learn(ledger_of(tmp_path, (*PAGES, *FACTS, past, other)))
+    assert report.facts == 0
+    assert sum(report.skipped.values()) == 3
 
 
 def test_blocks():
@@ -303,8 +365,11 @@ def test_a_broken_folder_is_one_sentence(base, tmp_path):
         Memory.from_pretrained(tmp_path / "kept", base)
 
 
-def test_an_empty_ledger_teaches_nothing(base, tmp_path):
-    assert "nothing to learn" in memory(base, tmp_path).learn(ledger_of(tmp_path, ())).notes[0]
+def test_an_empty_ledger_leaves_the_base(base, tmp_path):
+    method, plain = memory(base, tmp_path), logits(base)
+    assert "nothing to learn" in method.learn(ledger_of(tmp_path, ())).notes[0]
+    with method.attached():
+        assert torch.equal(logits(base), plain)
 
 
 def test_the_rate_warms_up_and_falls_to_nothing():
@@ -333,3 +398,26 @@ def test_the_loop_is_adamw(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     assert torch.allclose(ours.weight, theirs.weight)
+
+
+def test_self_study_keeps_only_what_the_page_bears_out(base, tmp_path, monkeypatch):
+    from byheart.methods.memory import study as module
+    from byheart.segment import Passage
+
+    said = iter([["When did it open?", "Who built it?"], ["1931", "nobody"], ["It opened in 1931 at last.", "Gulls."]])
+
+    def fake(base, jobs, **options):
+        return [type("Done", (), {"text": text}) for text in next(said)]
+
+    monkeypatch.setattr(module, "complete", fake)
+    passage = Passage("bridge", "Bridge", "The bridge opened in 1931 at long last.", 0, 39)
+    pieces = list(module.study(base, ask(base), [passage], 2, 0, ask(base)))
+    assert [(p.kind, p.owner, p.answer) for p in pieces] == [
+        ("study", "document/bridge", " 1931"), ("page", "document/bridge", "It opened in 1931 at last.")
+    ]  # fmt: skip
+
+
+def test_self_study_runs_on_a_model(base, tmp_path):
+    method = memory(base, tmp_path, study=1, epochs=1)
+    method.learn(ledger_of(tmp_path))
+    assert method.pieces

@@ -282,7 +282,7 @@ def _bench_fever(
     shots: Annotated[str, typer.Option("--shots", help="Examples in the prompt: 0-5, or 0,5.")] = "0-5",
     memory: Annotated[
         str, typer.Option("--memory", help="none, doc, temp, doctemp, other, with commas between them.")
-    ] = "none,doc,temp,doctemp",
+    ] = "none,doc,temp,doctemp,other",
     pages: Annotated[int, typer.Option("--pages", min=1, help="Pages with most claims to take.")] = 99,
     split: Annotated[
         str, typer.Option("--split", help="claim: each page's claims are split; page: the pages are.")
@@ -310,6 +310,8 @@ def _bench_fever(
     for name in variants:
         if name not in VARIANTS:
             raise UsageError(f"--memory {memory}: must be some of {', '.join(VARIANTS)}")
+    if not variants:
+        raise UsageError("--memory: names nothing to measure")
     if split not in ("claim", "page"):
         raise UsageError(f"--split {split}: must be claim or page")
     settings = Settings(shots=0, seed=seed, options=_method_options(options or []))

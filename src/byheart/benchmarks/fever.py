@@ -20,8 +20,6 @@ How = Literal["claim", "page"]
 _THIRD = LABELS[2]
 # Of a page's claims, or of the pages, the share that is learnt from.
 _TRAIN_SHARE = 0.7
-# Pages are dropped where they turn out empty, so more than are wanted are looked up.
-_SPARE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +71,11 @@ def load_fever(data: Path, *, top: int = 99, how: How = "claim", seed: int = 0, 
     if not data.is_dir():
         raise DataError(f"--data {data}: no such folder")
     counts: Counter[str] = Counter()
-    claims = _unrepeated(_claims(data), counts)
+    claims = _unrepeated(_claims(data, counts), counts)
     ranked = Counter(claim.page for claim in claims if claim.page)
     order = [page for page, _ in sorted(ranked.items(), key=lambda item: (-item[1], item[0]))]
     learnable = {claim.page for claim in claims if claim.part != "validation"}
-    texts = _pages(data, set(order[: _SPARE * top]))
+    texts = _pages(data, set(order))
     pages: list[Document] = []
     for page in order:
         if len(pages) == top:
@@ -97,6 +95,9 @@ def load_fever(data: Path, *, top: int = 99, how: How = "claim", seed: int = 0, 
     filled = _filled(own, spare, random.Random(f"{seed}/fill"), counts)
     split = _by_claim if how == "claim" else _by_page
     found = list(split(filled, random.Random(f"{seed}/split")))
+    for part in ("train", "validation"):
+        if len({claim.label for claim in found if claim.part == part}) < 2:
+            raise DataError(f"--data {data}: too few claims on {len(pages)} pages: {part} has fewer than two labels")
     asked = {claim.id for claim in drawn([claim for claim in found if claim.part == "validation"], limit, seed)}
     found = [claim for claim in found if claim.part == "train" or claim.id in asked]
     return Fever(tuple(pages), tuple(found), dict(counts))
@@ -105,7 +106,7 @@ def load_fever(data: Path, *, top: int = 99, how: How = "claim", seed: int = 0, 
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def _claims(data: Path) -> Iterator[Claim]:
+def _claims(data: Path, counts: Counter[str]) -> Iterator[Claim]:
     files = [
         path
         for path in sorted(data.iterdir())
@@ -117,7 +118,10 @@ def _claims(data: Path) -> Iterator[Claim]:
     for path in files:
         part = _part_of(path) if named >= {"train", "validation"} else None
         for number, row in _rows(path, ("claim", "label")):
-            yield _claim(path, number, row, part)
+            if row["label"] in ("", None):
+                counts["claims without a label"] += 1  # the Hub's unlabelled splits
+            else:
+                yield _claim(path, number, row, part)
 
 
 def _part_of(path: Path) -> Part | None:
@@ -138,6 +142,9 @@ def _rows(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[str, An
         found = load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:  # datasets raises many types, also its own; each ends in one sentence
         raise DataError(f"{path}: not a parquet file that can be read ({first_line(error)})") from error
+    for key in needed:
+        if key not in found.column_names:
+            raise DataError(f'{path}: has no column "{key}"')
     yield from enumerate((dict(row) for row in found), 1)
 
 
@@ -158,7 +165,8 @@ def _page_of(row: dict[str, Any]) -> str | None:
     named = row.get("page") or row.get("evidence_wiki_url")
     if named:
         return str(named)
-    for some in row.get("evidence") or ():
+    evidence = row.get("evidence")
+    for some in evidence if isinstance(evidence, list) else ():
         for piece in some if isinstance(some, list) else ():
             if isinstance(piece, list) and len(piece) >= 3 and piece[2]:
                 return str(piece[2])
@@ -168,7 +176,7 @@ def _page_of(row: dict[str, Any]) -> str | None:
 def _pages(data: Path, wanted: set[str]) -> dict[str, Document]:
     """The wanted pages that have a text; a dump is streamed."""
     folder = data / "wiki-pages"
-    files = sorted(folder.rglob("*.jsonl")) if folder.is_dir() else []
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".jsonl", ".parquet"))
     files += [path for path in sorted(data.iterdir()) if path.is_file() and "pages" in path.name]
     if not files:
         raise DataError(f"--data {data}: holds no pages (wiki-pages/ or pages.jsonl)")
@@ -176,19 +184,19 @@ def _pages(data: Path, wanted: set[str]) -> dict[str, Document]:
     for path in files:
         for number, row in _rows(path, ("text",)):
             id = row.get("page_id", row.get("id"))
-            if id in wanted and isinstance(row["text"], str) and row["text"].strip():
-                title = row.get("title") or _title(str(id))
-                found[str(id)] = Document(id=str(id), title=title, text=" ".join(row["text"].split()))
-            elif id is None:
+            if id is None:
                 raise DataError(f'{path}:{number}: "id" is missing')
+            if str(id) in wanted and isinstance(row["text"], str) and row["text"].strip():
+                title = str(row.get("title") or _plain(str(id)).replace("_", " "))
+                found[str(id)] = Document(id=str(id), title=title, text=" ".join(_plain(row["text"]).split()))
     return found
 
 
-def _title(id: str) -> str:
-    """FEVER writes brackets and colons of a title as -LRB-, -RRB- and -COLON-."""
+def _plain(text: str) -> str:
+    """FEVER writes brackets and colons as -LRB-, -RRB- and -COLON-."""
     for written, meant in (("-LRB-", "("), ("-RRB-", ")"), ("-LSB-", "["), ("-RSB-", "]"), ("-COLON-", ":")):
-        id = id.replace(written, meant)
-    return id.replace("_", " ")
+        text = text.replace(written, meant)
+    return text
 
 
 def _unrepeated(claims: Iterable[Claim], counts: Counter[str]) -> list[Claim]:

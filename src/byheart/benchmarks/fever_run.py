@@ -9,11 +9,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from byheart import __version__
+from byheart.answer import fingerprint
 from byheart.base import Base
 from byheart.benchmarks.fever import LABELS, Claim, Fever
 from byheart.compare import base_record, machine, means
@@ -25,7 +26,7 @@ from byheart.perplexity import perplexity
 from byheart.progress import Silent
 from byheart.rows import Document
 from byheart.score import f1_by_label, mcnemar, paired_difference
-from byheart.storage import write_json, write_text
+from byheart.storage import read_json, write_json, write_text
 
 Variant = Literal["none", "doc", "temp", "doctemp", "other"]
 # "other": claims alone, each page's from a memory that learnt those of other pages.
@@ -109,6 +110,7 @@ def run_fever(
         "perplexity": {"none": perplexity(base, plan.rows)} if plan.rows else {},
     }
     answers: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    kept = _Kept(base, out / "answers")
     for seed in plan.seeds:
         for variant in plan.variants:
             own = replace(settings, seed=seed)
@@ -116,14 +118,14 @@ def run_fever(
                 with memory.attached() if memory else nullcontext():
                     for shots in plan.shots:
                         label = f"{variant}, {shots} shots, seed {seed}"
-                        found = _ask(base, fever, some, shots, seed, show, label)
+                        found = kept.ask(fever, some, shots, seed, show, label, memory)
                         answers.setdefault((variant, shots, seed), []).extend(found)
             _order(answers, variant, seed, asked)
             write_json(out / "run.json", run | {"cells": _cells(answers, asked, settings.seed)})
         if plan.context:
             for shots in plan.shots:
                 label = f"page in the prompt, {shots} shots, seed {seed}"
-                answers["context", shots, seed] = _ask(base, fever, asked, shots, seed, show, label, pages=True)
+                answers["context", shots, seed] = kept.ask(fever, asked, shots, seed, show, label, pages=True)
     run["cells"] = _cells(answers, asked, settings.seed)
     run["pairs"] = _pairs(answers, asked, run["controls"]["claim_only"]["given"], settings.seed)
     write_json(out / "run.json", run)
@@ -184,23 +186,51 @@ def _trained(
     return memory
 
 
+class _Kept:
+    """Answers on disk, a file a cell, so that a run that was killed goes on where it was."""
+
+    def __init__(self, base: Base, folder: Path) -> None:
+        self.base, self.folder = base, folder
+
+    def ask(
+        self, fever: Fever, claims: Sequence[Claim], shots: int, seed: int, show: Silent, label: str,
+        memory: Memory | None = None, *, pages: bool = False,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """What :func:`_ask` gives, from disk where it was asked before."""
+        base = self.base
+        parts: list[Any] = [__version__, base.hash, str(base.dtype), base.device.type, asdict(fever), [c.id for c in claims]]
+        parts += [shots, seed if shots else 0, pages, memory.digest if memory else ""]
+        path = self.folder / f"{fingerprint(*parts)}.json"
+        if path.exists():
+            rows: list[dict[str, Any]] = read_json(path)
+            return rows
+        found = _ask(base, fever, claims, shots, seed, show, label, pages=pages)
+        self.folder.mkdir(exist_ok=True)
+        write_json(path, found)
+        return found
+
+
 def _ask(
     base: Base, fever: Fever, claims: Sequence[Claim], shots: int, seed: int, show: Silent, label: str,
     *, pages: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Of each claim the likeliest label, the same calibrated, and what the model writes."""
-    begin = _HEADER + "".join(
-        f"{_asked(claim.text)} {_LETTERS[LABELS.index(claim.label)]}\n" for claim in _examples(fever, shots, seed)
-    )
     texts = {page.id: page.text for page in fever.pages} if pages else {}
+    begin = _HEADER + "".join(
+        f"{_page(texts.get(one.page or ''))}{_asked(one.text)} {_LETTERS[LABELS.index(one.label)]}\n"
+        for one in _examples(fever, shots, seed)
+    )
     options = tuple(f" {letter}" for letter in _LETTERS)
     jobs = [Job(begin + _page(texts.get(claim.page or "")) + _asked(claim.text), options) for claim in claims]
     with show.bar(label, len(jobs)) as tick:
         done = complete(base, jobs, max_new_tokens=_ANSWER_TOKENS, on_done=tick)
-    (free,) = complete(base, [Job(begin + _asked(_CONTENT_FREE), options)], max_new_tokens=0)
+    shown = list(dict.fromkeys(_page(texts.get(claim.page or "")) for claim in claims))
+    nothing = complete(base, [Job(begin + page + _asked(_CONTENT_FREE), options) for page in shown], max_new_tokens=0)
+    without = {page: one.options for page, one in zip(shown, nothing, strict=True)}
     rows = []
     for claim, one in zip(claims, done, strict=True):
-        calibrated = [a - b for a, b in zip(one.options, free.options, strict=True)]
+        free = without[_page(texts.get(claim.page or ""))]
+        calibrated = [a - b for a, b in zip(one.options, free, strict=True)]
         rows.append(
             {
                 "id": claim.id,

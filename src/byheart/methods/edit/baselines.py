@@ -23,10 +23,11 @@ from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.edit.covariance import ordinary_text, second_moments, text_source, token_count
 from byheart.methods.edit.layers import choose_layers
-from byheart.methods.edit.prompts import Prepared, choose_facts, make_prefixes, prepare
+from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, Deltas, delta_bytes, product, stacked
 from byheart.methods.edit.write import WriteOptions, Writer
+from byheart.methods.facts import choose_facts
 from byheart.padding import right_padded
 from byheart.rows import Fact
 from byheart.surgery import add_to, matrix, out_first

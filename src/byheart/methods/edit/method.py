@@ -24,10 +24,11 @@ from byheart.methods.contract import LearnReport, Progress, Settings, parse_opti
 from byheart.methods.edit import guard
 from byheart.methods.edit.covariance import ordinary_text, second_moments, text_source, token_count
 from byheart.methods.edit.layers import choose_layers
-from byheart.methods.edit.prompts import Prepared, choose_facts, make_prefixes, prepare
+from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, delta_bytes, stacked
 from byheart.methods.edit.write import WriteOptions, Writer
+from byheart.methods.facts import choose_facts
 from byheart.rows import Fact
 from byheart.storage import replacing
 

@@ -92,14 +92,19 @@ class Writer:
         keys: dict[int, Tensor] = {}
         with fast_attention(self.base.model), torch.no_grad(), ExitStack() as attached:
             reader = Reader(self.base, prepared, self.layers[0], self.layers[-1])
+            # A group counts once, however many facts it has.
+            weights = None
+            if self.options.scatter and self.options.constraint == "none":
+                weights = merge.sum(0)
             for place, layer in enumerate(self.layers):
                 part = solve.share(self.options.spread, place, len(self.layers))
-                keys[layer], values, reached, scatter = reader.read(layer)
+                keys[layer], values, reached, second = reader.read(layer, weights)
                 residuals = part * (z.double().cpu() - reached)
                 norm = self.base.parts.blocks[layer].mlp_norm
                 if norm is not None:
                     residuals = solve.before_norm(values, residuals, self._in_double(norm))
                 before = past[layer].double() if past else keys[layer][:0]
+                scatter = second - (merge @ keys[layer]).T @ (merge @ keys[layer]) if second is not None else None
                 deltas[layer] = self._solve(layer, merge @ keys[layer], merge @ residuals, before, scatter)
                 add_to(self.base.parts.blocks[layer].mlp_out, product(deltas[layer]), attached)
         return Written(deltas, keys)
@@ -109,7 +114,7 @@ class Writer:
         return lambda values: norm(values.to(base.device, base.dtype)).double().cpu()
 
     def _solve(
-        self, layer: int, keys: Tensor, residuals: Tensor, past: Tensor, scatter: Tensor
+        self, layer: int, keys: Tensor, residuals: Tensor, past: Tensor, scatter: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
         options = self.options
         if options.constraint == "nullspace":
@@ -120,11 +125,13 @@ class Writer:
             moment = solve.regularizer(self.moments[layer], options.weight) + past.T @ past
             if options.constraint == "equality":
                 return _short(solve.equality(solve.cholesky(moment), keys, residuals))
-            return None, solve.dense(moment + options.scatter * scatter, keys, residuals)
+            if scatter is not None:
+                moment = moment + options.scatter * scatter
+            return None, solve.dense(moment, keys, residuals)
         if options.constraint == "equality":
             return _short(solve.equality(self.factor(layer), keys, residuals))
         factor = self.factor(layer)
-        if options.scatter:
+        if scatter is not None:
             moment = solve.regularizer(self.moments[layer], options.weight) + options.scatter * scatter
             factor = solve.cholesky(moment)
         return _short(solve.woodbury(factor, keys, residuals))
@@ -186,18 +193,19 @@ class Reader:
                 made.append(_Lookups(self.base, facts, ids, behind, self._at, self.last))
         return made
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def read(self, layer: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Keys (facts, d_ff) and values (facts, d_model) at ``layer``, and the last layer's output (facts, d_model).
 
-        Last comes (d_ff, d_ff) how the keys scatter around those of their fact: the sum over facts of their prompts'
-        k kᵀ, in the shares below, less that of the facts' keys. All at the lookup tokens, in fp64. A key is half that of the bare prompt and half the mean of those behind
-        prefixes; values and outputs are those of the bare prompt. Layers below ``layer`` must not change any more.
+        Last comes, where ``weights`` (facts) are given, the sum of all prompts' k kᵀ (d_ff, d_ff), in those weights
+        and the shares below. All at the lookup tokens, in fp64. A key is half that of the bare prompt and half the mean
+        of those behind prefixes; values and outputs are those of the bare prompt. Layers below ``layer`` must not
+        change any more.
         """
         parts = self.base.parts
         keys = torch.zeros(self.facts, parts.d_ff, dtype=torch.float64)
         values = torch.zeros(self.facts, parts.d_model, dtype=torch.float64)
         reached = torch.zeros_like(values)
-        scatter = torch.zeros(parts.d_ff, parts.d_ff, dtype=torch.float64)
+        second = torch.zeros(parts.d_ff, parts.d_ff, dtype=torch.float64) if weights is not None else None
         seen: dict[str, Tensor] = {}
 
         def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: object, output: Tensor) -> None:
@@ -207,23 +215,26 @@ class Reader:
             # Some models flatten the batch on the way into their MLPs.
             return tensor.reshape(rows, -1, tensor.shape[-1])[:, -1].double().cpu()
 
-        for begun in {one.begun for one in (*self.bare, *self.behind) if one.begun}:
-            begun.read()
+        if layer != self._at:  # nothing has changed before the first layer
+            for begun in {one.begun for one in (*self.bare, *self.behind) if one.begun}:
+                begun.read()
         with observed([parts.blocks[layer].mlp_out], see):
             for one in self.bare:
                 hidden = one.run(self._at, layer, self.last)
                 key, part = at_lookup(seen["key"], len(one.facts)), self.bare_share[one.facts]
                 keys[one.facts] = key * part
-                scatter += (key * part).T @ key
+                if second is not None and weights is not None:
+                    second += (key * part * weights[one.facts, None]).T @ key
                 values[one.facts] = at_lookup(seen["value"], len(one.facts))
                 reached[one.facts] = at_lookup(hidden, len(one.facts))
             for one in self.behind:
                 one.run(self._at, layer, layer)
                 key, part = at_lookup(seen["key"], len(one.facts)), self.other_share[one.facts]
                 keys.index_add_(0, one.facts, key * part)
-                scatter += (key * part).T @ key
+                if second is not None and weights is not None:
+                    second += (key * part * weights[one.facts, None]).T @ key
         self._at = layer
-        return keys, values, reached, scatter - keys.T @ keys
+        return keys, values, reached, second
 
 
 class _Beginnings:

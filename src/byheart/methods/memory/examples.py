@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,9 +13,10 @@ from pydantic import BaseModel, ConfigDict
 
 from byheart.decode import option_ids
 from byheart.ledger import Ledger
+from byheart.methods.facts import choose_facts
 from byheart.methods.memory.states import Row
 from byheart.prompt import PromptFormat
-from byheart.rows import SUBJECT_PLACE, Document, Question
+from byheart.rows import SUBJECT_PLACE, Document, Kind, Question
 from byheart.rows import Row as LedgerRow
 
 What = Literal["doc", "temp", "doctemp"]
@@ -22,6 +24,10 @@ What = Literal["doc", "temp", "doctemp"]
 PAGE_TOKENS = 256
 # Questions that follow each other in one sequence: it shows every number of examples from none up to one less.
 PACK = 6
+# Characters that such a sequence ends at, and tokens that any row is cut at.
+_ROW_TEXT, _ROW_TOKENS = 2_000, 1_024
+# Of a page's title.
+_TITLE_TOKENS = 64
 _COPULA = re.compile(r"^(?P<what>.+) (?P<verb>is|was|are|were)$")
 
 
@@ -42,9 +48,14 @@ class Piece(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     owner: str
-    kind: Literal["page", "question", "statement"]
+    kind: Literal["page", "question", "statement", "study"]
     lead: str
     answer: str
+
+
+def owner_of(kind: Kind, id: str) -> str:
+    """What a row's pieces are known by: ids are unique within a kind only."""
+    return f"{kind}/{id}"
 
 
 def pieces_of(row: LedgerRow, form: PromptFormat, wordings: int) -> Iterator[Piece]:
@@ -55,18 +66,20 @@ def pieces_of(row: LedgerRow, form: PromptFormat, wordings: int) -> Iterator[Pie
         wordings: of a fact, how many of its wordings (its prompt, then its paraphrases) are learnt; 0: all.
     """
     if isinstance(row, Document):
-        yield Piece(owner=row.id, kind="page", lead=f"{row.title}\n" if row.title else "", answer=row.text)
+        yield Piece(
+            owner=owner_of("document", row.id), kind="page", lead=f"{row.title}\n" if row.title else "", answer=row.text
+        )
     elif isinstance(row, Question):
         if row.answers and row.split == "train":
-            yield _asked(row.id, row.question, row.answers[0], form, row.choices)
+            yield _asked(owner_of("question", row.id), row.question, row.answers[0], form, row.choices)
     else:
-        said = row.object.strip()
+        said, owner = row.object.strip(), owner_of("fact", row.id)
         prompts = [row.prompt, *(p for p in row.paraphrases if SUBJECT_PLACE in p and p != row.prompt)]
         for prompt in prompts[: wordings or None]:
             text = row.filled(prompt).rstrip()
-            yield Piece(owner=row.id, kind="statement", lead=text, answer=f" {said}.")
+            yield Piece(owner=owner, kind="statement", lead=text, answer=f" {said}.")
             for question in question_forms(text):
-                yield _asked(row.id, question, said, form)
+                yield _asked(owner, question, said, form)
 
 
 def _asked(owner: str, question: str, said: str, form: PromptFormat, choices: Sequence[str] | None = None) -> Piece:
@@ -76,6 +89,8 @@ def _asked(owner: str, question: str, said: str, form: PromptFormat, choices: Se
 
 def question_forms(text: str) -> list[str]:
     """Questions (in English) that ask for what ``text``, the beginning of a statement, would go on with."""
+    if text.endswith("?"):
+        return [text]
     found = _COPULA.match(text)
     if found is None:
         return [f"{text} what", f"What completes this sentence: {text}"]
@@ -84,16 +99,18 @@ def question_forms(text: str) -> list[str]:
     return [f"What {verb} {what}", f"Who or what {verb} {what}", f"Which {verb} {what}"]
 
 
-def to_learn(ledger: Ledger, what: What, form: PromptFormat, wordings: int) -> Iterator[Piece]:
-    """All of a ledger's pieces: pages (``doc``), questions and facts (``temp``), or both."""
-    rows: list[Iterable[LedgerRow]] = []
+def to_learn(
+    ledger: Ledger, what: What, form: PromptFormat, wordings: int, today: dt.date
+) -> tuple[list[Piece], dict[str, str]]:
+    """All of a ledger's pieces - pages (``doc``), questions and facts (``temp``), or both - and why facts have none."""
+    rows: list[LedgerRow] = []
+    skipped: dict[str, str] = {}
     if what != "temp":
-        rows.append(ledger.documents())
+        rows += ledger.documents()
     if what != "doc":
-        rows += [ledger.questions(["train"]), ledger.facts()]
-    for some in rows:
-        for row in some:
-            yield from pieces_of(row, form, wordings)
+        facts, skipped = choose_facts(ledger.facts(), today)
+        rows += [*ledger.questions(["train"]), *facts]
+    return [piece for row in rows for piece in pieces_of(row, form, wordings)], skipped
 
 
 def packed(tokenizer: Any, pieces: Sequence[Piece], seed: int, frame: Frame = PLAIN, pack: int = PACK) -> list[Row]:
@@ -106,18 +123,27 @@ def packed(tokenizer: Any, pieces: Sequence[Piece], seed: int, frame: Frame = PL
     """
     rows = [row for piece in pieces if piece.kind == "page" for row in _page_rows(tokenizer, piece)]
     draw = random.Random(seed)
-    for kind in ("question", "statement"):
-        left = [piece for piece in pieces if piece.kind == kind]
+    for kinds in (("question", "study"), ("statement",)):
+        left = [piece for piece in pieces if piece.kind in kinds]
         draw.shuffle(left)
         for some in _apart(left, pack):
-            rows.append(_row(tokenizer, some, frame if kind == "question" else PLAIN))
+            rows.append(_row(tokenizer, some, PLAIN if kinds == ("statement",) else frame))
     return rows
 
 
 def _apart(pieces: Sequence[Piece], pack: int) -> Iterator[list[Piece]]:
     open_rows: list[list[Piece]] = []
     for piece in pieces:
-        place = next((row for row in open_rows if all(one.owner != piece.owner for one in row)), None)
+        size = len(piece.lead) + len(piece.answer)
+        place = next(
+            (
+                row
+                for row in open_rows
+                if all(one.owner != piece.owner for one in row)
+                and sum(len(one.lead) + len(one.answer) for one in row) + size <= _ROW_TEXT
+            ),
+            None,
+        )
         if place is None:
             place = []
             open_rows.append(place)
@@ -131,7 +157,8 @@ def _apart(pieces: Sequence[Piece], pack: int) -> Iterator[list[Piece]]:
 def _page_rows(tokenizer: Any, piece: Piece) -> Iterator[Row]:
     lead = list(tokenizer(piece.lead)["input_ids"]) if piece.lead else []
     ids = option_ids(tokenizer, piece.lead, lead, piece.answer) if lead else list(tokenizer(piece.answer)["input_ids"])
-    size = max(PAGE_TOKENS - len(lead), 1)
+    lead = lead[:_TITLE_TOKENS]
+    size = PAGE_TOKENS - len(lead)
     for start in range(0, len(ids), size):
         some = ids[start : start + size]
         row = Row((*lead, *some), (*[False] * len(lead), *[bool(lead) or n > 0 for n in range(len(some))]))
@@ -152,4 +179,4 @@ def _row(tokenizer: Any, pieces: Sequence[Piece], frame: Frame) -> Row:
         # Counted, not read off character offsets: some tokenisers' lie.
         first, stop = (len(tokenizer(text[:place])["input_ids"]) for place in (start, end))
         labels[max(first, 1) : stop] = [True] * (min(stop, len(ids)) - max(first, 1))
-    return Row(ids, tuple(labels))
+    return Row(ids[:_ROW_TOKENS], tuple(labels[:_ROW_TOKENS]))

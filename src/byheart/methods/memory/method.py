@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 import math
 import random
 import re
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,12 +30,15 @@ from byheart.errors import DataError, UsageError, first_line
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.controls import Closed
+from byheart.methods.facts import choose_facts
 from byheart.methods.memory.adapter import Place, attached, make_adapters
-from byheart.methods.memory.examples import PACK, PLAIN, Frame, Piece, What, packed, pieces_of, to_learn
+from byheart.methods.memory.examples import PACK, PLAIN, Frame, Piece, What, owner_of, packed, pieces_of, to_learn
 from byheart.methods.memory.states import Row, States, Upper, keep_states
+from byheart.methods.memory.study import study
 from byheart.peft_layout import CONFIG, PREFIX, TENSORS, lora_config, path_of
 from byheart.prompt import PromptFormat
-from byheart.rows import Kind
+from byheart.rows import Fact, Kind
+from byheart.segment import segment
 from byheart.storage import read_json, write_json, write_text
 from byheart.training import Recipe, Trained, train
 
@@ -49,6 +56,7 @@ class MemoryOptions:
         width: of the networks.
         learn: ``doc`` (pages), ``temp`` (questions and facts in the form in which they are asked), ``doctemp`` (both).
         wordings: of each fact, how many of its wordings are learnt; 0: all.
+        study: of each window of a page, questions that the model asks itself and rewritings that it makes (self-study).
         epochs: how often everything is seen.
         batch: sequences a step.
         lr, warmup, decay, clip: see :class:`byheart.training.Recipe`.
@@ -61,6 +69,7 @@ class MemoryOptions:
     width: int = 128
     learn: What = "doctemp"
     wordings: int = 0
+    study: int = 0
     epochs: int = 25
     batch: int = 4
     lr: float = 1e-3
@@ -89,45 +98,51 @@ class Memory(Closed):
         self.adapters = self._fresh()
         self.pieces: list[Piece] = []
         self.losses: list[float] = []
+        self.skipped: dict[str, str] = {}
 
     # -- the contract ----------------------------------------------------------------------------------------
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
         """Train on the ledger's pages, training questions and facts; ``progress`` is told of epochs' worth of pages."""
         super().learn(ledger)
-        self.pieces = list(to_learn(ledger, self.options.learn, self._asking(), self.options.wordings))
-        self.adapters = self._fresh()
-        if not self.pieces:
-            return LearnReport(notes=(f"nothing to learn with memory.learn={self.options.learn}",))
-        documents = len({piece.owner for piece in self.pieces if piece.kind == "page"})
-        trained, notes = self.train(self.pieces, progress, documents)
-        self.losses = trained.losses
+        options = self.options
+        pieces, self.skipped = to_learn(ledger, options.learn, self._asking(), options.wordings, dt.date.today())
+        if options.study and options.learn != "temp":
+            passages = list(segment(ledger.documents(), self.encoder.splitter, self.settings.segment))
+            pieces += study(self.base, self.form, passages, options.study, self.settings.seed, self._asking())
+        documents = len({piece.owner for piece in pieces if piece.kind == "page"})
+        trained, notes = self.train(pieces, progress, documents)
         return self._report(trained.seconds, documents, notes)
 
     def revise(self, change: Change) -> LearnReport:
-        """Go on from what is learnt: the changed rows are learnt, what they replace is trained away.
+        """Go on from what is learnt: the changed row is learnt, what it replaces is trained away.
 
-        Away means towards what the base model itself would say there. As many other rows are seen beside them.
+        Away means towards what the base model itself would say there; where the new row answers the very same words
+        otherwise, learning that is enough. As many other rows are seen beside them. All of it or nothing.
         """
         began = time.perf_counter()
-        old = [piece for piece in self.pieces if piece.owner == change.id]
-        known = {"document": ("page",), "fact": ("question", "statement"), "question": ("question",)}[change.kind]
-        old = [piece for piece in old if piece.kind in known]
-        kept = [piece for piece in self.pieces if piece not in old]
-        new = self._pieces_of(change)
-        gone = [piece for piece in old if piece not in new]
-        new = [piece for piece in new if piece not in old]
+        owner = owner_of(change.kind, change.id)
+        old = [piece for piece in self.pieces if piece.owner == owner]
+        others = [piece for piece in self.pieces if piece.owner != owner]
+        now = self._pieces_of(change)
+        gone = [piece for piece in old if piece not in now]
+        new = [piece for piece in now if piece not in old]
         if not gone and not new:
             return LearnReport()
+        kept = [*others, *(piece for piece in old if piece in now)]
+        if not kept and not new:
+            self.pieces, self.adapters = [], self._fresh()
+            return self._report(time.perf_counter() - began, 0, ("nothing is left: the base model as it is",))
         before = self._likelihoods(gone)
-        self._follow(change, new, gone, kept)
-        self.pieces = [*kept, *(piece for piece in old if piece not in gone), *new]
+        trained = deepcopy(self.adapters) if self.pieces else self._fresh()
+        self._follow(trained, change, new, gone, kept)
+        self.adapters, self.pieces = trained, [*kept, *new]
         notes = self._what_is_left(gone, before)
         return self._report(time.perf_counter() - began, int(change.kind == "document"), notes)
 
     def attached(self) -> AbstractContextManager[None]:
-        """The base with the networks' outputs added."""
-        return attached(self.base, self.adapters, self.options.place)
+        """The base with the networks' outputs added; where nothing was learnt, the base."""
+        return attached(self.base, self.adapters, self.options.place) if self.pieces else nullcontext()
 
     # -- training --------------------------------------------------------------------------------------------
 
@@ -145,21 +160,24 @@ class Memory(Closed):
             frame: what stands around questions.
         """
         options, seed = self.options, self.settings.seed
-        began = time.perf_counter()
+        self.adapters, self.pieces, self.losses = self._fresh(), [], []
+        several = [packed(self.base.tokenizer, pieces, n, frame, self._pack) for n in range(options.packings)]
+        if not several[0]:
+            return Trained(), (f"nothing to learn with memory.learn={options.learn}: the base model as it is",)
         upper = Upper(self.base, self.adapters, options.place)
-        several = [
-            packed(self.base.tokenizer, pieces, n, frame, 1 if self.settings.chat else PACK)
-            for n in range(options.packings)
-        ]
-        kept = [self._states(rows, upper.start) for rows in several]
-        ready = time.perf_counter() - began
         orders = _Orders([len(rows) for rows in several], options.batch, options.epochs, seed)
+        kept: dict[int, States] = {}
+        ready = 0.0
         told = 0
 
         def loss(step: int) -> Tensor:
+            nonlocal ready
             packing, numbers = orders.batch(step)
-            rows = [several[packing][n] for n in numbers]
-            found, _ = upper.loss(rows, kept[packing].padded(numbers))
+            if packing not in kept:
+                began = time.perf_counter()
+                kept[packing] = self._states(self._folder, several[packing], upper.start)
+                ready += time.perf_counter() - began
+            found, _ = upper.loss([several[packing][n] for n in numbers], kept[packing].padded(numbers))
             return found.mean()
 
         def tell(steps: int) -> None:
@@ -167,78 +185,89 @@ class Memory(Closed):
             told += steps
             progress(told * count // orders.steps - (told - steps) * count // orders.steps)
 
-        mark = _mark([self.base.hash, str(self.base.dtype), asdict(options), self.blocks, seed, several])
+        mark = _mark(
+            [self.base.hash, str(self.base.dtype), self.base.device.type, asdict(options), self.blocks, seed, several]
+        )
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         trained = train(self.adapters, loss, recipe, self._folder / f"{mark}.safetensors", tell)
+        for path in self._folder.glob("*.states"):
+            path.unlink()  # a training that is done needs them no more
+        self.pieces, self.losses = list(pieces), trained.losses
         tail = trained.losses[-max(1, orders.steps // options.epochs) :]
         note = (
             f"{orders.steps} steps, {sum(len(r.ids) for r in several[0]):,} tokens an epoch; loss "
             f"{trained.losses[0]:.3f} at the start, {sum(tail) / len(tail):.3f} in the last epoch; {ready:.0f} s for "
             "hidden states"
         )
-        return Trained(trained.losses, trained.seconds + ready), (note,)
+        return trained, (note,)
 
-    def _follow(self, change: Change, new: Sequence[Piece], gone: Sequence[Piece], kept: Sequence[Piece]) -> None:
-        options = self.options
-        upper = Upper(self.base, self.adapters, options.place)
+    def _follow(
+        self, trained: nn.ModuleDict, change: Change, new: Sequence[Piece], gone: Sequence[Piece], kept: Sequence[Piece]
+    ) -> None:
+        options, tokenizer = self.options, self.base.tokenizer
+        upper = Upper(self.base, trained, options.place)
         draw = random.Random(f"{self.settings.seed}/{change.mark}")
         beside = draw.sample(list(kept), min(len(kept), 4 * PACK + len(new) + len(gone)))
-        learnt = packed(self.base.tokenizer, [*new, *beside], self.settings.seed)
-        away = [packed(self.base.tokenizer, [piece], 0)[0] for piece in gone]
-        states = self._states(learnt, upper.start)
-        away_states = self._states(away, upper.start) if away else None
-        plain: list[Tensor] = []
-        if away_states:
-            with torch.no_grad():
-                for n, row in enumerate(away):
-                    logits, _ = upper.labelled([row], away_states.padded([n]), plain=True)
-                    plain.append(logits.float().log_softmax(-1))
-        orders = _Orders([len(learnt)], options.batch, options.revise_epochs, self.settings.seed)
-        turns = (
-            [random.Random(f"{self.settings.seed}/{step}").randrange(len(away)) for step in range(orders.steps)]
-            if away
-            else []
-        )
+        learnt = packed(tokenizer, [*new, *beside], self.settings.seed, PLAIN, self._pack)
+        answered = {piece.lead for piece in new}
+        # One piece a row: what is unlearnt is what the model says to these very words.
+        away = [row for piece in gone if piece.lead not in answered for row in packed(tokenizer, [piece], 0)]
+        orders = _Orders([max(len(learnt), len(away))], options.batch, options.revise_epochs, self.settings.seed)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            states = self._states(folder, learnt, upper.start) if learnt else None
+            away_states = self._states(folder, away, upper.start) if away else None
 
-        def loss(step: int) -> Tensor:
-            _, numbers = orders.batch(step)
-            found, _ = upper.loss([learnt[n] for n in numbers], states.padded(numbers))
-            total = found.mean()
-            if away_states:
-                n = turns[step]
-                logits, _ = upper.labelled([away[n]], away_states.padded([n]))
-                total = total + functional.kl_div(
-                    logits.float().log_softmax(-1), plain[n], log_target=True, reduction="batchmean"
-                )
-            return total
+            def loss(step: int) -> Tensor:
+                _, numbers = orders.batch(step)
+                total = torch.zeros((), device=self.base.device)
+                if states:
+                    some = [n % len(learnt) for n in numbers]
+                    total = total + upper.loss([learnt[n] for n in some], states.padded(some))[0].mean()
+                if away_states:
+                    n = random.Random(f"{self.settings.seed}/{step}").randrange(len(away))
+                    row, hidden = [away[n]], away_states.padded([n])
+                    with torch.no_grad():
+                        plain, _ = upper.labelled(row, hidden, plain=True)
+                    logits, _ = upper.labelled(row, hidden)
+                    both = (logits.float().log_softmax(-1), plain.float().log_softmax(-1))
+                    total = total + functional.kl_div(*both, log_target=True, reduction="batchmean")
+                return total
 
-        mark = _mark([self.base.hash, asdict(options), change.mark, learnt, away, _digest(self.adapters)])
-        recipe = Recipe(orders.steps, options.lr / 2, options.warmup, options.decay, options.clip)
-        train(self.adapters, loss, recipe, self._folder / f"{mark}.safetensors")
+            recipe = Recipe(orders.steps, options.lr / 2, options.warmup, options.decay, options.clip)
+            train(trained, loss, recipe, folder / "revision.safetensors")
 
     def accuracy(self, pieces: Sequence[Piece]) -> float:
         """The share of the pieces' tokens that are the likeliest where they are to be predicted."""
-        rows = [row for piece in pieces for row in packed(self.base.tokenizer, [piece], 0)]
-        upper = Upper(self.base, self.adapters, self.options.place)
-        states = self._states(rows, upper.start)
-        with torch.no_grad():
-            hits = [upper.loss([row], states.padded([n]))[1] for n, row in enumerate(rows)]
-        return float(torch.cat(hits).double().mean())
+        found = [logits.argmax(1) == label for logits, label in self._read(pieces)]
+        return float(torch.cat(found).double().mean())
+
+    @property
+    def digest(self) -> str:
+        """A hash of the networks: what answers depend on."""
+        digest = hashlib.sha256(str(bool(self.pieces)).encode())
+        for one in self.adapters.parameters():
+            digest.update(one.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def _likelihoods(self, pieces: Sequence[Piece], *, plain: bool = False) -> list[float]:
-        """Of each piece the mean probability of a token of its answer."""
-        rows = [packed(self.base.tokenizer, [piece], 0)[0] for piece in pieces]
+        """Of each row of the pieces, the geometric mean probability of a token that is to be predicted."""
+        return [
+            float(logits.float().log_softmax(-1).gather(1, label[:, None]).mean().exp())
+            for logits, label in self._read(pieces, plain=plain)
+        ]
+
+    def _read(self, pieces: Sequence[Piece], *, plain: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and labels of each row that the pieces make, one piece at a time."""
+        rows = [row for piece in pieces for row in packed(self.base.tokenizer, [piece], 0)]
         if not rows:
-            return []
+            return
         upper = Upper(self.base, self.adapters, self.options.place)
-        states = self._states(rows, upper.start)
-        found = []
-        with torch.no_grad():
+        plain = plain or not self.pieces
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            states = self._states(Path(folder), rows, upper.start)
             for n, row in enumerate(rows):
-                logits, label = upper.labelled([row], states.padded([n]), plain=plain)
-                logprob = logits.float().log_softmax(-1).gather(1, label[:, None])
-                found.append(float(logprob.mean().exp()))
-        return found
+                yield upper.labelled([row], states.padded([n]), plain=plain)
 
     def _what_is_left(self, gone: Sequence[Piece], before: Sequence[float]) -> tuple[str, ...]:
         if not gone:
@@ -251,23 +280,26 @@ class Memory(Closed):
         )
 
     def _pieces_of(self, change: Change) -> list[Piece]:
-        if change.after is None:
+        learn = self.options.learn
+        if change.after is None or (learn == "temp" if change.kind == "document" else learn == "doc"):
             return []
-        if change.kind == "document" and self.options.learn == "temp":
-            return []
-        if change.kind != "document" and self.options.learn == "doc":
+        if isinstance(change.after, Fact) and not choose_facts([change.after], dt.date.today())[0]:
             return []
         return list(pieces_of(change.after, self._asking(), self.options.wordings))
 
-    def _states(self, rows: Sequence[Row], start: int) -> States:
+    def _states(self, folder: Path, rows: Sequence[Row], start: int) -> States:
         mark = _mark([self.base.hash, str(self.base.dtype), start, [row.ids for row in rows]])
-        return keep_states(self.base, rows, start, self._folder / f"{mark}.states")
+        return keep_states(self.base, rows, start, folder / f"{mark}.states")
 
     @property
     def _folder(self) -> Path:
         folder = self.work / "memory"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    @property
+    def _pack(self) -> int:
+        return 1 if self.settings.chat else PACK
 
     def _asking(self) -> PromptFormat:
         return PromptFormat(self.base.tokenizer, (), chat=self.settings.chat)
@@ -278,7 +310,8 @@ class Memory(Closed):
     def _report(self, seconds: float, documents: int, notes: tuple[str, ...]) -> LearnReport:
         size = sum(4 * one.numel() for one in self.adapters.parameters())
         facts = len({piece.owner for piece in self.pieces if piece.kind == "statement"})
-        return LearnReport(seconds=seconds, bytes=size, documents=documents, facts=facts, notes=notes)
+        skipped = dict(Counter(self.skipped.values()))
+        return LearnReport(seconds, size, documents, facts, skipped, notes)
 
     # -- keeping ---------------------------------------------------------------------------------------------
 
@@ -311,6 +344,8 @@ class Memory(Closed):
         method = super().from_pretrained(path, base)
         record = read_json(path / f"{cls.name}.json")
         try:
+            method.options, method.blocks = MemoryOptions(**record["options"]), list(record["blocks"])
+            method.adapters = method._fresh()
             tensors = load_file(path / TENSORS)
             state = {name: tensors[method._key(name)] for name, _ in method.adapters.named_parameters()}
             method.adapters.load_state_dict(state)
@@ -368,10 +403,3 @@ def choose_blocks(text: str, depth: int) -> list[int]:
 
 def _mark(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=lambda one: [one.ids, one.labels]).encode()).hexdigest()[:24]
-
-
-def _digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for one in module.parameters():
-        digest.update(one.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -50,9 +50,7 @@ class States:
         return nn.utils.rnn.pad_sequence(some, batch_first=True)
 
 
-def keep_states(
-    base: Base, rows: Sequence[Row], block: int, path: Path, progress: Callable[[int], None] = lambda count: None
-) -> States:
+def keep_states(base: Base, rows: Sequence[Row], block: int, path: Path) -> States:
     """The states of ``rows`` at the input of block ``block``: computed once, then kept in ``path``.
 
     A kill leaves nothing half made: the file gets its name when it is whole.
@@ -69,7 +67,6 @@ def keep_states(
                 for n, one in zip(batch, hidden, strict=True):
                     kept = one[: len(rows[n].ids)].contiguous().view(getattr(torch, f"int{8 * dtype.itemsize}"))
                     data[ends[n] : ends[n + 1]] = kept.numpy()
-                progress(len(batch))
             data.flush()
     return States(path, rows, width, dtype)
 
