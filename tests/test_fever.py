@@ -11,6 +11,7 @@ from byheart.base import make_base
 from byheart.benchmarks.fever import LABELS, load_fever
 from byheart.benchmarks.fever_run import FRAME, Plan, claim_pieces, read_label, run_fever
 from byheart.errors import DataError
+from byheart.fever_report import write_fever_report
 from byheart.methods import Settings
 from byheart.methods.memory.examples import packed
 from conftest import tiny_model
@@ -170,6 +171,9 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
         rows = [a for a in answers if (a["variant"], a["shots"]) == (cell["variant"], cell["shots"])]
         right = sum(a["likelihood"] == a["label"] for a in rows) / len(rows)
         assert cell["metrics"]["accuracy"] == pytest.approx(right)
+    page = write_fever_report(tmp_path / "out").read_text()
+    assert f"{run['cells'][0]['metrics']['accuracy']:.3f}" in page
+    assert "supports against refutes" in page
     # The second time nothing is asked: all answers are kept.
     monkeypatch.setattr("byheart.benchmarks.fever_run.complete", None)
     again = run_fever(fever, base, tmp_path / "out", Settings(shots=0, options=options), plan)

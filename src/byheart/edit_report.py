@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from byheart.report import render, svg
-from byheart.storage import read_card, read_json, write_text
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from byheart.report import svg
+from byheart.storage import read_card, read_json
+from byheart.tables import Grid, write_page
 
 # Metric, heading, and whether it is a share: what a table shows where the run has it.
 MAIN = (
@@ -39,13 +37,7 @@ _SHORT = ("es", "ps", "ns", "s", "efficacy", "paraphrase", "specificity", "gener
 _LEAST = 3
 
 
-def tables(run: dict[str, Any]) -> Iterator[Table]:
-    """The run's tables, for a terminal."""
-    for title, head, rows in grids(run):
-        yield _table(title, head, rows)
-
-
-def grids(run: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+def grids(run: dict[str, Any]) -> Iterator[Grid]:
     """Title, head and rows of each table, as texts."""
     methods = run["methods"]
     shown = [(key, label) for key, label in MAIN if any(key in m["metrics"] for m in methods.values())]
@@ -106,17 +98,6 @@ def _cell(part: dict[str, Any], key: str) -> str:
     return f"{value:.{places}f}" + (f" [{interval[0]:.{places}f}, {interval[1]:.{places}f}]" if interval else "")
 
 
-def _table(title: str, head: list[str], rows: list[list[str]]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in head:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def write_edit_report(folder: Path, traced: Path | None = None) -> Path:
     """Write ``report.html`` of an editing run; it opens offline, with no other file.
 
@@ -135,7 +116,7 @@ def write_edit_report(folder: Path, traced: Path | None = None) -> Path:
         sections.append(heat_section(record))
     made = {key: run[key] for key in ("command", "base", "settings", "origin", "machine") if run.get(key)}
     lead = f"{run['edits']} edits at once into {run['base']['name']}, all scored after all edits. {run['time'][:10]}."
-    return _page(folder, run["benchmark"], lead, sections, made)
+    return write_page(folder, run["benchmark"], lead, sections, made)
 
 
 def write_trace_report(folder: Path, record: dict[str, Any]) -> Path:
@@ -165,7 +146,7 @@ def write_trace_report(folder: Path, record: dict[str, Any]) -> Path:
         f"subject corrupted {record['corrupted']:.2f}. Proposed for editing: layers {first}-{last}."
     )
     settings = {key: record[key] for key in ("model", "noise", "samples", "window", "seed")}
-    return _page(folder, "Where facts are recalled", lead, sections, settings)
+    return write_page(folder, "Where facts are recalled", lead, sections, settings)
 
 
 def heat_section(record: dict[str, Any]) -> dict[str, Any]:
@@ -176,12 +157,6 @@ def heat_section(record: dict[str, Any]) -> dict[str, Any]:
         "note": f"Average over {record['facts']} facts. Hidden states one block at a time; MLP and attention over "
         f"{record['window']} blocks around each.",
     }
-
-
-def _page(folder: Path, title: str, lead: str, sections: list[dict[str, Any]], record: dict[str, Any]) -> Path:
-    path = folder / "report.html"
-    write_text(path, render("tables.html", title=title, lead=lead, sections=sections, record=record))
-    return path
 
 
 def _note(title: str, run: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -198,7 +198,14 @@ class _Kept:
     ) -> list[dict[str, Any]]:  # fmt: skip
         """What :func:`_ask` gives, from disk where it was asked before."""
         base = self.base
-        parts: list[Any] = [__version__, base.hash, str(base.dtype), base.device.type, asdict(fever), [c.id for c in claims]]
+        parts: list[Any] = [
+            __version__,
+            base.hash,
+            str(base.dtype),
+            base.device.type,
+            asdict(fever),
+            [c.id for c in claims],
+        ]
         parts += [shots, seed if shots else 0, pages, memory.digest if memory else ""]
         path = self.folder / f"{fingerprint(*parts)}.json"
         if path.exists():
@@ -398,29 +405,3 @@ def _pairs(
 
 def _by_label(claims: Sequence[Claim]) -> dict[str, int]:
     return {label: sum(claim.label == label for claim in claims) for label in LABELS}
-
-
-def tables(run: dict[str, Any], say: Callable[[str], None]) -> None:
-    """The run as the seed prints it: a table a metric, a row a variant, a column a number of shots."""
-    cells = {(cell["variant"], cell["shots"]): cell["metrics"] for cell in run["cells"]}
-    shots = sorted({shots for _, shots in cells})
-    variants = list(dict.fromkeys(variant for variant, _ in cells))
-    titles = {
-        "accuracy": "accuracy, likelihood",
-        "macro_f1": "macro-F1, likelihood",
-        "accuracy_generated": "accuracy, freely generated",
-        "micro_f1_generated": "micro-F1, freely generated",
-        "macro_f1_generated": "macro-F1, freely generated",
-        "accuracy_calibrated": "accuracy, calibrated likelihood",
-        "supports_refutes": "supports against refutes",
-    }
-    for metric, title in titles.items():
-        say(f"{title:<34}" + "".join(f"{n:>8}" for n in shots) + "   shots")
-        for variant in variants:
-            row = [cells[variant, n].get(metric) if (variant, n) in cells else None for n in shots]
-            say(f"  {variant:<32}" + "".join("       -" if one is None else f"{one:8.3f}" for one in row))
-    only = run["controls"]["claim_only"]
-    say(
-        f"claim only: micro-F1 {only['micro_f1']:.3f}, macro-F1 {only['macro_f1']:.3f}, supports against refutes "
-        f"{only['supports_refutes']:.3f}; majority: micro-F1 {run['controls']['majority']['micro_f1']:.3f}"
-    )

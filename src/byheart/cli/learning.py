@@ -1,0 +1,239 @@
+"""`byheart learn`, `ask`, `trace`, `undo`, `export`: knowledge in, questions, knowledge out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from byheart.cli.options import (
+    AsJson,
+    BaseName,
+    Chat,
+    Device,
+    DtypeName,
+    EncoderName,
+    LedgerFile,
+    Limit,
+    MaxNew,
+    Options,
+    Out,
+    Passages,
+    RetrieverMode,
+    Seed,
+    Segment,
+    Shots,
+    emit,
+    make_settings,
+)
+from byheart.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from byheart.methods import Method
+
+
+app = typer.Typer()
+
+
+@app.command("learn")
+def _learn(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="closed, context ...: `byheart learn x` lists them.")],
+    ledger: LedgerFile,
+    out: Out,
+    base: BaseName = "smollm2-135m",
+    encoder: EncoderName = "minilm",
+    segment: Segment = "288/64",
+    retriever: RetrieverMode = "hybrid",
+    k: Passages = 1,
+    shots: Shots = 5,
+    chat: Chat = False,
+    max_new_tokens: MaxNew = 24,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DtypeName = None,
+    options: Options = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Take an edit back that moves too much else.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn a ledger with one method, and write what was learnt to a folder that `byheart ask` reads."""
+    from byheart.base import load_base
+    from byheart.ledger import Ledger
+    from byheart.methods import method_class
+    from byheart.progress import Terminal
+    from byheart.storage import check_replaceable
+
+    cls = method_class(method)
+    if gate:
+        if method != "edit":
+            raise UsageError("--gate: only edit has a gate")
+        options = [*(options or []), "edit.gate=rollback"]
+    settings = make_settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
+    check_replaceable(out, "byheart.json")
+    show = Terminal()
+    with Ledger(ledger) as opened:
+        learner = cls(
+            load_base(base, device=device, dtype=dtype, say=show.say), settings, out.parent / f".{out.name}.work"
+        )
+        with show.bar(f"{method}: {learner.learns}s", opened.count(learner.learns)) as tick:
+            report = learner.learn(opened, tick)
+        learner.save_pretrained(out)
+    shutil.rmtree(out.parent / f".{out.name}.work", ignore_errors=True)
+    _show_report(report, out, as_json, f"{method}: learnt", skipped=getattr(learner, "skipped", {}))
+
+
+@app.command("ask")
+def _ask(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="What `byheart learn` wrote; several go side by side.")
+    ],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
+    base: BaseName = "smollm2-135m",
+    device: Device = None,
+    dtype: DtypeName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask one question of what was learnt, and show the answer with its evidence."""
+    from dataclasses import asdict
+
+    from byheart.rows import Question
+
+    if not question.strip():
+        raise UsageError("QUESTION: is empty")
+    rows = []
+    for folder, method in zip(folders, _loaded(folders, base, device, dtype), strict=True):
+        with method.attached():
+            (answer,) = method.answer([Question(id="asked", question=question)])
+        rows.append({"folder": str(folder), "method": method.name} | asdict(answer))
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    for row in rows:
+        print(f"{row['method']}: {row['text'] or row['skipped'] or '(no answer)'}")
+        for passage in row["evidence"]:
+            print(f"    {passage['title'] or passage['document']} ({passage['document']}, "
+                  f"{passage['start']}-{passage['end']}): {' '.join(passage['text'].split())[:300]}")  # fmt: skip
+
+
+@app.command("trace")
+def _trace(
+    out: Out = Path("runs/trace"),
+    facts: Annotated[
+        Path | None,
+        typer.Option(
+            "--facts", help="JSONL of subject, prompt or template, and object or attribute; else common facts."
+        ),
+    ] = None,
+    base: BaseName = "smollm2-135m",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Draws of the noise a fact.")] = 3,
+    window: Annotated[
+        int, typer.Option("--window", min=1, help="Blocks over which MLPs or attention are restored.")
+    ] = 5,
+    limit: Limit = 40,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: DtypeName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the layers that facts are recalled from, by causal tracing; `learn edit` then edits those."""
+    from byheart.base import load_base
+    from byheart.edit_report import write_trace_report
+    from byheart.methods.edit.tracing import trace_base
+    from byheart.progress import Terminal
+    from byheart.storage import write_json
+
+    show = Terminal()
+    model = load_base(base, device=device, dtype=dtype, say=show.say)
+    record = trace_base(model, facts, limit or 40, samples, window, seed, show)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "trace.json", record)
+    page = write_trace_report(out, record) if record["facts"] else None
+    first, last = record["range"]
+    emit(record, as_json, f"layers {first}-{last} ({record['how']})")
+    if page:
+        show.say(f"heat map: {out / 'trace.png'}\nreport: {page}")
+
+
+Learnt = Annotated[Path, typer.Argument(metavar="DIR", help="What `byheart learn` wrote.", show_default=False)]
+
+
+@app.command("undo")
+def _undo(
+    folder: Learnt,
+    facts: Annotated[list[str], typer.Argument(metavar="FACT_ID...", help="The facts to take out again.")],
+    base: BaseName = "smollm2-135m",
+    device: Device = None,
+    dtype: DtypeName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take facts out of an edit, as if they had never been learnt; nothing is optimised anew."""
+    from byheart.methods.edit.method import Edit
+
+    (method,) = _loaded([folder], base, device, dtype)
+    if not isinstance(method, Edit):
+        raise UsageError(f"{folder}: holds {method.name}, and only an edit's facts can be undone one by one")
+    report = method.undo(facts)
+    method.save_pretrained(folder)
+    _show_report(report, folder, as_json, f"undone {', '.join(facts)}; left:", skipped={})
+
+
+@app.command("export")
+def _export(
+    folder: Learnt,
+    to: Annotated[str, typer.Option("--to", help="peft (a LoRA adapter) or merged (a whole model).")],
+    out: Out,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="peft: the highest rank; what it cuts is reported.")
+    ] = None,
+    base: BaseName = "smollm2-135m",
+    device: Device = None,
+    dtype: DtypeName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a change of weights in a form that other programs load."""
+    from byheart.methods.edit.export import export_merged, export_peft
+    from byheart.methods.edit.weights import ChangedWeights
+
+    if to not in ("peft", "merged"):
+        raise UsageError(f"--to {to}: must be peft or merged")
+    if rank is not None and to != "peft":
+        raise UsageError("--rank: only for --to peft")
+    (method,) = _loaded([folder], base, device, dtype)
+    if not isinstance(method, ChangedWeights):
+        raise UsageError(f"{folder}: {method.name} changes no weights, so there is nothing to export")
+    record = export_peft(method, out, rank) if to == "peft" else export_merged(method, out)
+    cut = max(record.get("error", {}).values(), default=0.0)
+    said = (
+        f", rank {record['rank']}" + (f", {cut:.1%} of the change cut at most" if cut else "") if to == "peft" else ""
+    )
+    emit(record, as_json, f"{out}: written{said}")
+
+
+def _loaded(folders: list[Path], base: str, device: str | None, dtype: str | None) -> Iterator[Method]:
+    """What was learnt into each folder, one after the other, on one base."""
+    from byheart.base import load_base
+    from byheart.methods import method_class
+    from byheart.progress import Terminal
+    from byheart.storage import read_card
+
+    cards = [read_card(folder / "byheart.json", "method") for folder in folders]
+    model = load_base(base, device=device, dtype=dtype, say=Terminal().say)
+    for folder, card in zip(folders, cards, strict=True):
+        yield method_class(card["method"]).from_pretrained(folder, model)
+
+
+def _show_report(report: Any, out: Path, as_json: bool, sentence: str, skipped: dict[str, str]) -> None:
+    from dataclasses import asdict
+
+    for id, why in skipped.items():
+        print(f"skipped {id}: {why}", file=sys.stderr)
+    for note in report.notes:
+        print(note, file=sys.stderr)
+    what = f"{report.facts} facts" if report.facts or not report.documents else f"{report.documents} documents"
+    record = asdict(report) | {"skipped_rows": skipped, "out": str(out)}
+    emit(record, as_json, f"{sentence} {what} in {report.seconds:.1f} s: {out}")

@@ -1,0 +1,136 @@
+"""What commands share: options by type, settings from them, and how a result is printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from byheart.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from byheart.methods import Settings
+    from byheart.tables import Grid
+
+
+LedgerFile = Annotated[Path, typer.Argument(metavar="LEDGER", help="The ledger file.", show_default=False)]
+BaseName = Annotated[str, typer.Option("--base", help="Language model: embedded alias, folder, Hub id or GGUF file.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the results.", show_default=False)]
+MethodNames = Annotated[str, typer.Option("--methods", help='Names with commas between them, or "all".')]
+EncoderName = Annotated[str, typer.Option("--encoder", help="Text encoder: embedded alias, folder or Hub id.")]
+Segment = Annotated[str, typer.Option("--segment", help="SIZE/STEP of the token windows: 288/64, 512/512 or any.")]
+RetrieverMode = Annotated[str, typer.Option("--retriever", help="dense, bm25 or hybrid.")]
+Passages = Annotated[int, typer.Option("--k", min=1, help="Retrieved passages a question.")]
+Shots = Annotated[int, typer.Option("--shots", min=0, help="Examples in the prompt, from the training questions.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")]
+MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="What everything random is drawn from.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Ask only so many questions, drawn by the seed.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; by default CUDA where it is.")]
+DtypeName = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default what is fast.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="METHOD.NAME=VALUE", help="An option of one method, such as edit.layers=3-7."),
+]
+Source = Annotated[str | None, typer.Option("--source", help="Who says so; kept with every change.")]
+
+
+def make_settings(
+    encoder: str, segment: str, retriever: str, k: int, shots: int, chat: bool, max_new_tokens: int, seed: int,
+    options: list[str] | None,
+) -> Settings:  # fmt: skip
+    """What the options of a command say that all methods of a run share."""
+    from byheart.methods.contract import Settings
+    from byheart.segment import parse_preset
+
+    parse_preset(segment)
+    return Settings(
+        encoder,
+        segment,
+        parse_mode(retriever),
+        k,
+        shots,
+        chat,
+        max_new_tokens,
+        seed,
+        parse_method_options(options or []),
+    )
+
+
+def parse_method_options(given: list[str]) -> dict[str, str]:
+    """``--set`` texts as a mapping."""
+    from byheart.methods import METHODS
+
+    found = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or key.partition(".")[0] not in METHODS or "." not in key:
+            raise UsageError(f"--set {text}: must be METHOD.NAME=VALUE, such as edit.layers=3-7")
+        found[key] = value
+    return found
+
+
+def parse_mode(name: str) -> Any:
+    """A retriever by its name."""
+    from byheart.retrieve import MODES
+
+    if name not in MODES:
+        raise UsageError(f"--retriever {name}: must be one of {', '.join(MODES)}")
+    return name
+
+
+def parse_method_names(text: str) -> list[str]:
+    """``--methods`` as names."""
+    from byheart.methods import parse_methods
+
+    return parse_methods(text)
+
+
+def parse_splits(text: str) -> list[Any]:
+    """``--split`` as splits."""
+    chosen = [part.strip() for part in text.split(",") if part.strip()]
+    for part in chosen or [text]:
+        if part not in ("train", "validation", "test"):
+            raise UsageError(f"--split {text}: must name train, validation or test")
+    return chosen
+
+
+def emit(record: dict[str, Any], as_json: bool, sentence: str) -> None:
+    """Print the result: as JSON, or as a sentence."""
+    print(json.dumps(record, ensure_ascii=False, indent=2) if as_json else sentence)
+
+
+def indented(record: dict[str, Any], depth: int = 0) -> str:
+    """A record as lines for people."""
+    lines = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            lines += [f"{'  ' * depth}{key}:", indented(value, depth + 1)]
+        else:
+            lines.append(f"{'  ' * depth}{key}: {value}")
+    return "\n".join(lines)
+
+
+def short(value: Any) -> str:
+    """A value as JSON that fits a line."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def print_grids(grids: Iterable[Grid]) -> None:
+    """Tables on stdout; where it is no terminal, wide enough that no figure is cut."""
+    from rich.console import Console
+
+    from byheart.tables import terminal_table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for grid in grids:
+        console.print(terminal_table(grid))
