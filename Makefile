@@ -33,6 +33,7 @@ bench: setup
 	$(BIN)/python benchmarks/answer.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/edit.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/startup.py
 
