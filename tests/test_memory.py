@@ -175,6 +175,17 @@ def test_test_questions_are_never_learnt(base, tmp_path):
     assert {piece.owner for piece in method.pieces} == {"document/quay", "document/cove"}
 
 
+def test_a_fact_is_never_asked_for_in_the_words_of_a_question_for_measuring(base, tmp_path):
+    form = question_forms(FACTS[0].filled())[0]
+    hidden = Question(id="secret", question=f"{form}?", answers=["the Selwater"], facts=["river"], split="test")
+    leads = {}
+    for name, rows in (("with", (*PAGES, *FACTS, hidden)), ("without", (*PAGES, *FACTS))):
+        method = memory(base, tmp_path, epochs=1)
+        method.learn(ledger_of(tmp_path, rows))
+        leads[name] = {piece.lead for piece in method.pieces}
+    assert leads["without"] - leads["with"] == {ask(base).prompt(form)}
+
+
 @pytest.mark.parametrize(
     ("text", "first"),
     [

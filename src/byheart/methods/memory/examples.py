@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,9 +15,10 @@ from byheart.decode import option_ids
 from byheart.ledger import Ledger
 from byheart.methods.facts import choose_facts
 from byheart.methods.memory.states import Row
-from byheart.prompt import PromptFormat
+from byheart.prompt import PromptFormat, as_sentence
 from byheart.rows import SUBJECT_PLACE, Document, Kind, Question
 from byheart.rows import Row as LedgerRow
+from byheart.score import normalize
 
 What = Literal["doc", "temp", "doctemp"]
 # Tokens of a page's piece; longer pages become several.
@@ -58,12 +59,15 @@ def owner_of(kind: Kind, id: str) -> str:
     return f"{kind}/{id}"
 
 
-def pieces_of(row: LedgerRow, form: PromptFormat, wordings: int) -> Iterator[Piece]:
+def pieces_of(
+    row: LedgerRow, form: PromptFormat, wordings: int, measured: Container[str] = frozenset()
+) -> Iterator[Piece]:
     """What there is to learn in a document, a question or a fact.
 
     Args:
         form: how questions are asked, without examples.
         wordings: of a fact, how many of its wordings (its prompt, then its paraphrases) are learnt; 0: all.
+        measured: normalised questions that are for measuring: no fact is asked for in these very words.
     """
     if isinstance(row, Document):
         yield Piece(
@@ -79,7 +83,8 @@ def pieces_of(row: LedgerRow, form: PromptFormat, wordings: int) -> Iterator[Pie
             text = row.filled(prompt).rstrip()
             yield Piece(owner=owner, kind="statement", lead=text, answer=f" {said}.")
             for question in question_forms(text):
-                yield _asked(owner, question, said, form)
+                if normalize(as_sentence(question)) not in measured:
+                    yield _asked(owner, question, said, form)
 
 
 def _asked(owner: str, question: str, said: str, form: PromptFormat, choices: Sequence[str] | None = None) -> Piece:
@@ -104,13 +109,14 @@ def to_learn(
 ) -> tuple[list[Piece], dict[str, str]]:
     """All of a ledger's pieces - pages (``doc``), questions and facts (``temp``), or both - and why facts have none."""
     rows: list[LedgerRow] = []
+    measured = {normalize(question.question) for question in ledger.questions(["validation", "test"])}
     skipped: dict[str, str] = {}
     if what != "temp":
         rows += ledger.documents()
     if what != "doc":
         facts, skipped = choose_facts(ledger.facts(), today)
         rows += [*ledger.questions(["train"]), *facts]
-    return [piece for row in rows for piece in pieces_of(row, form, wordings)], skipped
+    return [piece for row in rows for piece in pieces_of(row, form, wordings, measured)], skipped
 
 
 def packed(tokenizer: Any, pieces: Sequence[Piece], seed: int, frame: Frame = PLAIN, pack: int = PACK) -> list[Row]:
