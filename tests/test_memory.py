@@ -233,6 +233,14 @@ def test_learning_lowers_the_loss_and_survives_saving(place, base, tmp_path):
     assert other.pieces == method.pieces
 
 
+def test_texts_with_odd_line_breaks_survive_saving(base, tmp_path):
+    page = Document(id="odd", text="one\u2028two\x85three\u2029four five six seven")
+    method = memory(base, tmp_path, epochs=1)
+    method.learn(ledger_of(tmp_path, (page,)))
+    method.save_pretrained(tmp_path / "kept")
+    assert Memory.from_pretrained(tmp_path / "kept", base).pieces == method.pieces
+
+
 def test_a_lora_loads_in_peft_with_the_same_logits(base, tmp_path, tokenizer):
     from peft import PeftModel
 

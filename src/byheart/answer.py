@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -16,11 +15,6 @@ from byheart.segment import Passage
 from byheart.storage import write_text
 
 STEP = 64
-
-
-def fingerprint(*parts: Any) -> str:
-    """A hash of what answers depend on; answers are only picked up where it is the same."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def answer_all(

@@ -55,6 +55,11 @@ class Base:
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
+    @property
+    def wide(self) -> torch.dtype:
+        """The type to compute in where the weights' own is too coarse: fp32, or fp64 for a model in fp64."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
     @cached_property
     def line_ends(self) -> frozenset[int]:
         """The tokens whose text holds a line break."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from byheart import __version__
-from byheart.answer import answer_all, fingerprint
+from byheart.answer import answer_all
 from byheart.base import Base
 from byheart.encoder import EncoderCard
 from byheart.errors import DataError
@@ -41,7 +41,7 @@ from byheart.score import (
     reciprocal_rank,
     token_f1,
 )
-from byheart.storage import write_json, write_text
+from byheart.storage import fingerprint, write_json, write_text
 
 EVALUATED: tuple[Split, ...] = ("validation", "test")
 RECALL_AT = (1, 5, 10)
@@ -82,16 +82,9 @@ def compare(
     show = progress or Silent()
     questions = choose_questions(ledger, splits, limit, settings.seed)
     out.mkdir(parents=True, exist_ok=True)
-    run: dict[str, Any] = {
-        "byheart": __version__,
-        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": ["byheart", *(a.encode("utf-8", "replace").decode() for a in sys.argv[1:])],
-        "origin": origin or {},
+    run = run_record(base, settings, origin) | {
         "ledger": _ledger_record(ledger),
-        "base": base_record(base),
-        "settings": settings.to_dict(),
         "questions": _question_record(ledger, questions, splits),
-        "machine": machine(),
         "methods": {},
     }
     answers: dict[str, list[Answer]] = {}
@@ -290,6 +283,19 @@ def encoder_record(method: Any) -> dict[str, Any]:
     """The card of the encoder that a method finds passages with; empty where it has none."""
     card = getattr(getattr(method, "encoder", None), "card", None)
     return card.to_dict() if isinstance(card, EncoderCard) else {}
+
+
+def run_record(base: Base, settings: Settings, origin: dict[str, Any] | None) -> dict[str, Any]:
+    """What every ``run.json`` says of how it was made."""
+    return {
+        "byheart": __version__,
+        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "command": ["byheart", *(a.encode("utf-8", "replace").decode() for a in sys.argv[1:])],
+        "origin": origin or {},
+        "base": base_record(base),
+        "settings": settings.to_dict(),
+        "machine": machine(),
+    }
 
 
 def base_record(base: Base) -> dict[str, Any]:

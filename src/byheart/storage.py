@@ -29,6 +29,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def fingerprint(*parts: Any) -> str:
+    """A hash of what kept work depends on: it is only picked up where the hash is the same."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write that becomes ``path`` by rename when the block ends well: readers see the old one or the new."""

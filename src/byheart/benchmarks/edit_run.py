@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from byheart import __version__
 from byheart.base import Base
 from byheart.benchmarks.editing import Case, Probe
-from byheart.compare import base_record, machine, means
+from byheart.compare import means, run_record
 from byheart.decode import Job, Sampling, complete
 from byheart.ledger import Ledger
 from byheart.methods import LearnReport, Method, Settings, method_class
@@ -80,18 +77,7 @@ def run_editing(
     """
     show = progress or Silent()
     out.mkdir(parents=True, exist_ok=True)
-    run: dict[str, Any] = {
-        "byheart": __version__,
-        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": ["byheart", *sys.argv[1:]],
-        "benchmark": title,
-        "origin": origin or {},
-        "base": base_record(base),
-        "settings": settings.to_dict(),
-        "edits": len(cases),
-        "machine": machine(),
-        "methods": {},
-    }
+    run = run_record(base, settings, origin) | {"benchmark": title, "edits": len(cases), "methods": {}}
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in [UNEDITED, *(m for m in methods if m != UNEDITED)]:
         method, report = None, LearnReport()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import random
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from byheart import __version__
-from byheart.answer import fingerprint
 from byheart.base import Base
 from byheart.benchmarks.fever import LABELS, Claim, Fever
-from byheart.compare import base_record, machine, means
+from byheart.compare import means, run_record
 from byheart.decode import Job, complete
 from byheart.methods import Settings
 from byheart.methods.memory.examples import Frame, Piece
@@ -26,7 +23,7 @@ from byheart.perplexity import perplexity
 from byheart.progress import Silent
 from byheart.rows import Document
 from byheart.score import f1_by_label, mcnemar, paired_difference
-from byheart.storage import read_json, write_json, write_text
+from byheart.storage import fingerprint, read_json, write_json, write_text
 
 Variant = Literal["none", "doc", "temp", "doctemp", "other"]
 # "other": claims alone, each page's from a memory that learnt those of other pages.
@@ -89,15 +86,8 @@ def run_fever(
     show = progress or Silent()
     out.mkdir(parents=True, exist_ok=True)
     asked, learnt = fever.part("validation"), fever.part("train")
-    run: dict[str, Any] = {
-        "byheart": __version__,
-        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": ["byheart", *sys.argv[1:]],
+    run = run_record(base, settings, origin) | {
         "benchmark": "FEVER",
-        "origin": origin or {},
-        "base": base_record(base),
-        "settings": settings.to_dict(),
-        "machine": machine(),
         "data": {
             "pages": len(fever.pages),
             "train": _by_label(learnt),

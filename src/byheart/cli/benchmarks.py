@@ -230,6 +230,7 @@ def _bench_fever(
         raise UsageError("--memory: names nothing to measure")
     if split not in ("claim", "page"):
         raise UsageError(f"--split {split}: must be claim or page")
+    _check_text(text)
     settings = Settings(shots=0, seed=seed, options=parse_method_options(options or []))
     fever = load_fever(data, top=pages, how=split, seed=seed, limit=limit)  # type: ignore[arg-type]
     model = load_base(base, device=device, dtype=dtype)
@@ -286,8 +287,7 @@ def _edit_bench(
             raise UsageError(f"--methods {name}: edits nothing; the unedited model is always scored beside the others")
     if not cases:
         raise DataError(f"--data {data}: holds no records")
-    if text is not None and not text.is_file():
-        raise DataError(f"--text {text}: no such file")
+    _check_text(text)
     cases = drawn(cases, limit, seed)
     sizes = _sizes(edits)
     show = Terminal()
@@ -316,6 +316,11 @@ def _edit_plan(
         write_text(out / "text.txt", rest)
         given = [f"{name}.text={out / 'text.txt'}" for name in ("edit", "rome")]
     return Plan(sizes, tuple(sets), texts, rows), given
+
+
+def _check_text(text: Path | None) -> None:
+    if text is not None and not text.is_file():
+        raise DataError(f"--text {text}: no such file")
 
 
 def _ordinary_rows(model: Any, text: Path | None, seed: int) -> tuple[tuple[tuple[int, ...], ...], str | None]:

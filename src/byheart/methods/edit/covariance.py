@@ -165,7 +165,7 @@ def moments_of(base: Base, layers: Sequence[int], rows: Sequence[Sequence[int]])
     width = base.parts.d_ff
     sums = {layer: torch.zeros(width, width, dtype=torch.float64) for layer in layers}
     count = 0
-    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    wide = base.wide
     ordered = sorted(rows, key=len)
     for start in range(0, len(ordered), _ROWS):
         some = ordered[start : start + _ROWS]

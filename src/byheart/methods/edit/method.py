@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +28,7 @@ from byheart.methods.edit.weights import ChangedWeights, delta_bytes, stacked
 from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.methods.facts import choose_facts
 from byheart.rows import Fact
-from byheart.storage import replacing
+from byheart.storage import fingerprint, replacing
 
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
 _STEP = 32
@@ -187,7 +185,7 @@ class Edit(ChangedWeights):
         for fact, group in zip(facts, groups, strict=True):
             members.setdefault(group, []).append(fact.model_dump_json())
         whole = {group: sorted(texts) for group, texts in members.items()}
-        return [_short_hash([fact.model_dump_json(), whole[g]]) for fact, g in zip(facts, groups, strict=True)]
+        return [fingerprint(fact.model_dump_json(), whole[g]) for fact, g in zip(facts, groups, strict=True)]
 
     def _guarded(self, before: dict[str, Any], new: Sequence[Fact]) -> tuple[str, ...]:
         """What the guard rails say; goes back where the gate is to, and the edit went too far."""
@@ -226,7 +224,7 @@ class Edit(ChangedWeights):
         ]  # fmt: skip
         if self.options.sequence == "accumulate":  # sought on a model that all of these made
             made_with += [[f.model_dump_json() for f in self.facts], asdict(self.options), self.layers, self._source]
-        store = self.work / "edit" / f"{_short_hash(made_with)}.safetensors"
+        store = self.work / "edit" / f"{fingerprint(*made_with)}.safetensors"
         known = _read_tensors(store)
         seconds = float(known.get("seconds", torch.zeros(1)))
         self._earlier = max(self._earlier, seconds)
@@ -308,10 +306,6 @@ class Edit(ChangedWeights):
         self.skipped = record["skipped"]
         self.z = tensors["z"]
         self.keys = {layer: tensors[f"keys.{layer}"] for layer in record["layers"]}
-
-
-def _short_hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

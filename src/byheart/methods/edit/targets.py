@@ -93,7 +93,7 @@ def find_targets(
     sets = list(members.values())
     sizes = [sum(len(row.tail) for n in some for row in _rows(prepared[n])) for some in sets]
     widths = [max(len(row.tail) for n in some for row in _rows(prepared[n])) for some in sets]
-    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    wide = base.wide
     found = Targets(
         torch.zeros(len(prepared), base.parts.d_model, dtype=wide),
         torch.zeros(len(prepared), dtype=wide),
@@ -121,7 +121,7 @@ def _search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z (facts, d_model), the last loss and the number of evaluations, of each fact of one batch."""
     device = base.device
-    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    wide = base.wide
     group = group.to(device)
     count = int(group.max()) + 1
     batch = _Batch.read(base, prepared, group, layer, wide)

@@ -66,7 +66,7 @@ def make_adapters(base: Base, blocks: Sequence[int], place: Place, width: int, s
                 for block in blocks
             }
         )
-    return made.to(base.device, torch.float64 if base.dtype == torch.float64 else torch.float32)
+    return made.to(base.device, base.wide)
 
 
 @contextmanager

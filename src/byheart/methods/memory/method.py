@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-import json
 import math
 import random
 import re
@@ -27,6 +26,7 @@ from torch.nn import functional
 
 from byheart.base import Base
 from byheart.errors import DataError, UsageError, first_line
+from byheart.formats import read_objects
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.controls import Closed
@@ -39,7 +39,7 @@ from byheart.peft_layout import CONFIG, PREFIX, TENSORS, lora_config, path_of
 from byheart.prompt import PromptFormat
 from byheart.rows import Fact, Kind
 from byheart.segment import segment
-from byheart.storage import read_json, write_json, write_text
+from byheart.storage import fingerprint, read_json, write_json, write_text
 from byheart.training import Recipe, Trained, train
 
 _PIECES = "pieces.jsonl"
@@ -185,8 +185,8 @@ class Memory(Closed):
             told += steps
             progress(told * count // orders.steps - (told - steps) * count // orders.steps)
 
-        mark = _mark(
-            [self.base.hash, str(self.base.dtype), self.base.device.type, asdict(options), self.blocks, seed, several]
+        mark = fingerprint(
+            self.base.hash, str(self.base.dtype), self.base.device.type, asdict(options), self.blocks, seed, several
         )
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         trained = train(self.adapters, loss, recipe, self._folder / f"{mark}.safetensors", tell)
@@ -288,7 +288,7 @@ class Memory(Closed):
         return list(pieces_of(change.after, self._asking(), self.options.wordings))
 
     def _states(self, folder: Path, rows: Sequence[Row], start: int) -> States:
-        mark = _mark([self.base.hash, str(self.base.dtype), start, [row.ids for row in rows]])
+        mark = fingerprint(self.base.hash, str(self.base.dtype), start, [row.ids for row in rows])
         return keep_states(self.base, rows, start, folder / f"{mark}.states")
 
     @property
@@ -349,8 +349,7 @@ class Memory(Closed):
             tensors = load_file(path / TENSORS)
             state = {name: tensors[method._key(name)] for name, _ in method.adapters.named_parameters()}
             method.adapters.load_state_dict(state)
-            lines = (path / _PIECES).read_text(encoding="utf-8").splitlines()
-            method.pieces = [Piece.model_validate_json(line) for line in lines]
+            method.pieces = [Piece.model_validate(row) for _, row in read_objects(path / _PIECES)]
             method.losses = [float(one) for one in record["losses"]]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:
             raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
@@ -399,7 +398,3 @@ def choose_blocks(text: str, depth: int) -> list[int]:
     if not numbers or max(numbers) >= depth or (not span and len(numbers) != len(text.split("+"))):
         raise UsageError(f"--set memory.blocks={text}: must be auto, FIRST-LAST or A+B with numbers below {depth}")
     return sorted(set(numbers))
-
-
-def _mark(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, default=lambda one: [one.ids, one.labels]).encode()).hexdigest()[:24]
