@@ -18,11 +18,10 @@ from byheart.methods.edit.covariance import moments_of, text_rows
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare, prompt_text, target_text
 from byheart.methods.edit.targets import TargetOptions, find_targets
-from byheart.methods.edit.weights import Deltas, product
+from byheart.methods.edit.weights import Deltas, changed_by
 from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.methods.facts import choose_facts
 from byheart.rows import Fact
-from byheart.surgery import changed
 
 SERIAL, MANY = 24, 100
 
@@ -103,7 +102,7 @@ def serial_target(base: Base, one: Prepared, layer: int, options: TargetOptions,
 
 def efficacy(base: Base, deltas: Deltas, some: Sequence[Fact]) -> tuple[float, float]:
     """Shares of facts whose new object is likelier than the former one, and whose every token is the likeliest."""
-    with changed((base.parts.blocks[layer].mlp_out, product(delta)) for layer, delta in deltas.items()):
+    with changed_by(base, deltas):
         jobs = [Job(prompt_text(fact), (target_text(fact), f" {fact.former_object or 'unknown'}")) for fact in some]
         done = complete(base, jobs, max_new_tokens=0)
     likelier = sum(one.options[0] > one.options[1] for one in done) / len(done)

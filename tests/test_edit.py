@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from byheart.base import make_base
-from byheart.decode import Job, complete
+from byheart.decode import Completion, Job, complete
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.methods import Settings, method_class
@@ -39,6 +39,7 @@ TINY = {
     "edit.prefixes": "2",
     "edit.layers": "0-1",
     "edit.weight": "0.01",
+    "edit.rounds": "1",
 }
 
 
@@ -102,6 +103,34 @@ def test_an_undone_fact_was_never_there(merge, base, tmp_path):
     assert same(weights_with(method), weights(base))
     with pytest.raises(DataError, match='holds no fact "quay"'):
         method.undo(["quay"])
+
+
+def test_a_second_round_seeks_targets_in_the_model_with_all_edits(base, tmp_path):
+    once, twice = learnt(base, tmp_path), learnt(base, tmp_path, rounds=2)
+    prepared, _ = prepare(base.tokenizer, FACTS, once.prefixes)
+    with once.attached():
+        again = find_targets(base, prepared, once.layers[-1], once.options).z
+    assert torch.allclose(twice.z, again, atol=1e-4) and not torch.allclose(twice.z, once.z, atol=1e-2)
+    # Undoing seeks nothing anew, and leaves no weight behind.
+    z = twice.z.clone()
+    twice.undo(["cove"])
+    assert torch.equal(twice.z, z[[0, 2, 3]])
+    twice.undo([fact.id for fact in FACTS if fact.id != "cove"])
+    assert same(weights_with(twice), weights(base))
+
+
+def test_an_old_fact_that_a_new_one_pushes_off_is_sought_again(base, tmp_path, monkeypatch):
+    method = learnt(base, tmp_path, FACTS[:2], rounds=2)
+    z = method.z.clone()
+    for new, hits, kept in ((FACTS[2], 1.0, True), (FACTS[3], 0.5, False)):
+        monkeypatch.setattr(
+            "byheart.methods.edit.method.complete",
+            lambda base, jobs, hits=hits, **kwargs: [Completion("", 0.0, (0.0,), (hits,), 0, 0, 0.0) for _ in jobs],
+        )
+        with ledger_of(tmp_path, [new]) as ledger:
+            (change,) = ledger.history(new.id)
+        method.revise(change)
+        assert torch.equal(method.z[:2], z) == kept
 
 
 def test_the_order_in_which_facts_come_leaves_no_trace(base, tmp_path):

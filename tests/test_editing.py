@@ -43,7 +43,7 @@ def lines(path, *rows):
 
 def test_counterfact_records_become_cases(tmp_path):
     references = lines(tmp_path / "texts.jsonl", {"object": "Ann", "texts": ["Ann lives in Ebb."]})
-    (case,) = counterfact(lines(tmp_path / "counterfact_full.jsonl", RECORD), references)
+    (case,) = counterfact(lines(tmp_path / "counterfact_full.jsonl", RECORD), references).cases
     assert (case.fact.subject, case.fact.object, case.fact.former_object, case.group) == (
         "Vellmora",
         "Ann",
@@ -62,7 +62,7 @@ def test_counterfact_records_become_cases(tmp_path):
 
 
 def test_zsre_rows_become_cases(tmp_path):
-    (case,) = zsre(lines(tmp_path / "zsre_eval.jsonl", ZSRE))
+    (case,) = zsre(lines(tmp_path / "zsre_eval.jsonl", ZSRE)).cases
     assert case.fact.prompt == "Who is the mayor of {}?" and case.fact.object == "Ann"
     assert [(p.kind, p.wanted) for p in case.probes] == [
         ("edit", "Ann"), ("paraphrase", "Ann"), ("neighbourhood", "Tole"), ("portability", "Ebb"),
@@ -70,13 +70,9 @@ def test_zsre_rows_become_cases(tmp_path):
 
 
 def test_bad_records_are_named(tmp_path):
-    bad = json.loads(json.dumps(RECORD))
-    bad["requested_rewrite"]["prompt"] = "The mayor is"
     for rows, load, says in [
-        ([RECORD, bad], counterfact, r":2: .*exactly once"),
         ([{"requested_rewrite": {}}], counterfact, r":1: not a CounterFact record"),
         ([{"case_id": 1}], counterfact, r':1: "requested_rewrite" is missing'),
-        ([ZSRE | {"src": "Who?"}], zsre, r":1: the question does not hold its subject"),
     ]:
         with pytest.raises(DataError, match=says):
             load(lines(tmp_path / "x.jsonl", *rows))
@@ -86,6 +82,18 @@ def test_bad_records_are_named(tmp_path):
         zsre(tmp_path)
 
 
+def test_records_that_hold_nothing_to_edit_are_left_out_by_name(tmp_path):
+    bad = json.loads(json.dumps(RECORD))
+    bad["requested_rewrite"]["prompt"] = "The mayor is"
+    path = lines(tmp_path / "cf.jsonl", RECORD, bad)
+    found = counterfact(path)
+    assert [case.fact.id for case in found.cases] == ["cf-7"]
+    assert list(found.left_out) == ["cf.jsonl:2"] and "exactly once" in found.left_out["cf.jsonl:2"]
+    found = zsre(lines(tmp_path / "z.jsonl", ZSRE | {"src": "Who?"}, ZSRE | {"alt": ""}, ZSRE))
+    assert len(found.cases) == 1 and list(found.left_out) == ["z.jsonl:1", "z.jsonl:2"]
+    assert "does not hold its subject" in found.left_out["z.jsonl:1"] and "object" in found.left_out["z.jsonl:2"]
+
+
 def test_questions_that_name_their_page_become_edits(tmp_path):
     path = lines(
         tmp_path / "q.jsonl",
@@ -93,7 +101,7 @@ def test_questions_that_name_their_page_become_edits(tmp_path):
         {"title": "Pell_Cove", "question": "Who rules it?", "answers": ["Ann"]},
         {"title": "Ebb", "question": "Who rules Ebb?", "answers": []},
     )
-    (case,) = question_cases(path)
+    (case,) = question_cases(path).cases
     assert (case.fact.prompt, case.fact.object) == ("Who rules {}?", "Ann")
 
 
@@ -132,7 +140,7 @@ def test_a_run_scores_the_unedited_model_beside_the_edited_one(tokenizer, tmp_pa
         RECORD,
         RECORD | {"case_id": 8, "requested_rewrite": RECORD["requested_rewrite"] | {"subject": "Pell Cove"}},
     )
-    cases = counterfact(path)
+    cases = counterfact(path).cases
     settings = Settings(shots=0, options={"edit.layers": "0-1", "edit.prefixes": "2", "edit.steps": "3"})
     rows = tuple(tuple(row) for row in text_rows(base, None, 256, 5))
     plan = Plan(sizes=(1, 2, 50), sets=(("same", [cases]),), texts=1, rows=rows)
@@ -181,6 +189,6 @@ def test_sampling_depends_on_seed_and_place_and_not_on_the_batch(tiny):
 
 @pytest.mark.data
 def test_the_shared_records_load(data):
-    assert len(counterfact(data / "counterfact")) == 272
-    assert len(counterfact(data / "counterfact" / "counterfact_reduced.jsonl")) == 10_972
-    assert len(zsre(data / "zsre")) == 516
+    assert len(counterfact(data / "counterfact").cases) == 272
+    assert len(counterfact(data / "counterfact" / "counterfact_reduced.jsonl").cases) == 10_972
+    assert len(zsre(data / "zsre").cases) == 516

@@ -9,6 +9,18 @@ from contextlib import ExitStack, contextmanager
 Tick = Callable[[int], None]
 
 
+def scaled(tick: Tick, of: int, to: int) -> Tick:
+    """A tick that is told of ``of`` times as many steps in all as it passes on, times ``to``."""
+    told = 0
+
+    def scale(count: int) -> None:
+        nonlocal told
+        before, told = told, told + count
+        tick(told * to // of - before * to // of)
+
+    return scale
+
+
 class Silent:
     """Shows nothing: for use as a library, and in tests."""
 

@@ -180,7 +180,7 @@ def parse_entry(obj: Any, action: Action = "insert") -> Entry:
     try:
         row = MODELS[kind].model_validate(fields)
     except ValidationError as error:
-        raise ValueError(_first_reason(error)) from None
+        raise ValueError(first_reason(error)) from None
     return Entry(chosen, kind, row.id, row, source)
 
 
@@ -199,7 +199,8 @@ def _made_id(kind: str, fields: Mapping[str, Any]) -> str:
     return content_id(kind[0], *(str(fields.get(key, "")) for key in keys))
 
 
-def _first_reason(error: ValidationError) -> str:
+def first_reason(error: ValidationError) -> str:
+    """What is wrong with the first bad field of a row, in one line."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     what = str(first["msg"]).removeprefix("Value error, ")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from byheart.errors import DataError
 from byheart.formats import read_objects
-from byheart.rows import SUBJECT_PLACE, Fact
+from byheart.rows import SUBJECT_PLACE, Fact, first_reason
 
 ProbeKind = Literal["edit", "paraphrase", "neighbourhood", "portability"]
 
@@ -43,7 +45,22 @@ class Case:
     references: tuple[str, ...] = field(default=())
 
 
-def counterfact(data: Path, references: Path | None = None) -> list[Case]:
+@dataclass(frozen=True)
+class Records:
+    """A file's cases, and of records that hold nothing to edit (no target, no subject in the prompt) the reason.
+
+    ``left_out`` is by place, ``FILE:LINE``.
+    """
+
+    cases: list[Case]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+class _Unusable(Exception):  # noqa: N818 (no error: the rest of the file goes on)
+    """Why a record holds nothing to edit."""
+
+
+def counterfact(data: Path, references: Path | None = None) -> Records:
     """CounterFact (Meng et al. 2022): JSON lines in the published nesting; a folder is searched for the full records.
 
     Args:
@@ -58,14 +75,14 @@ def counterfact(data: Path, references: Path | None = None) -> list[Case]:
         if references is None
         else {str(r["object"]): tuple(r["texts"]) for _, r in read_objects(references, ("object", "texts"))}
     )
-    return [_counterfact_case(path, number, row, texts) for number, row in read_objects(path, ("requested_rewrite",))]
+    return _records(path, ("requested_rewrite",), lambda number, row: _counterfact_case(path, number, row, texts))
 
 
 def _counterfact_case(path: Path, number: int, row: dict[str, Any], texts: dict[str, tuple[str, ...]]) -> Case:
     try:
         edit = row["requested_rewrite"]
         new, true = edit["target_new"]["str"], edit["target_true"]["str"]
-        fact = _fact(path, number, f"cf-{row['case_id']}", edit["subject"], edit["prompt"], new, true)
+        fact = _fact(f"cf-{row['case_id']}", edit["subject"], edit["prompt"], new, true)
         probes = [Probe("edit", fact.filled(), new, true)]
         probes += [Probe("paraphrase", prompt, new, true) for prompt in row.get("paraphrase_prompts", [])]
         probes += [Probe("neighbourhood", prompt, true, new) for prompt in row.get("neighborhood_prompts", [])]
@@ -80,23 +97,23 @@ def _counterfact_case(path: Path, number: int, row: dict[str, Any], texts: dict[
         raise DataError(f"{path}:{number}: not a CounterFact record ({error!r})") from None
 
 
-def zsre(data: Path) -> list[Case]:
+def zsre(data: Path) -> Records:
     """zsRE as used for editing (Mitchell et al. 2022; with portability, Yao et al. 2023): JSON lines.
 
     Raises:
         DataError: names file, line and reason.
     """
     path = _file(data, ("zsre_eval.jsonl", "zsre_mend_eval.json", "zsre.jsonl"))
-    return [_zsre_case(path, number, row) for number, row in read_objects(path, ("subject", "src", "alt"))]
+    return _records(path, ("subject", "src", "alt"), lambda number, row: _zsre_case(path, number, row))
 
 
 def _zsre_case(path: Path, number: int, row: dict[str, Any]) -> Case:
     try:
         subject, question = str(row["subject"]), str(row["src"])
-        if subject not in question:
-            raise DataError(f"{path}:{number}: the question does not hold its subject {subject!r}")
+        if not subject or subject not in question:
+            raise _Unusable(f"the question does not hold its subject {subject!r}")
         prompt = question.replace("{", "(").replace("}", ")").replace(subject, SUBJECT_PLACE, 1)
-        fact = _fact(path, number, f"zsre-{number}", subject, prompt, str(row["alt"]), None)
+        fact = _fact(f"zsre-{number}", subject, prompt, str(row["alt"]), None)
         probes = [Probe("edit", fact.filled(), fact.object)]
         if row.get("rephrase"):
             probes.append(Probe("paraphrase", row["rephrase"], fact.object))
@@ -111,22 +128,25 @@ def _zsre_case(path: Path, number: int, row: dict[str, Any]) -> Case:
         raise DataError(f"{path}:{number}: not a zsRE record ({error!r})") from None
 
 
-def question_cases(path: Path) -> list[Case]:
+def question_cases(path: Path) -> Records:
     """Edits taken from documents' questions: a question that names its document's title, and its first answer.
 
     Reads JSON lines with ``title``, ``question`` and ``answers`` (SQuAD's form flattened, or a ledger's questions
     joined with their pages). Questions that do not name their title have no subject to edit and are left out.
     """
-    found = []
-    for number, row in read_objects(path, ("title", "question")):
-        title, answers = str(row["title"]).replace("_", " "), row.get("answers") or []
-        answers = answers.get("text", []) if isinstance(answers, dict) else answers
-        question = str(row["question"]).strip()
-        if title and answers and title in question and SUBJECT_PLACE not in question:
-            prompt = question.replace(title, SUBJECT_PLACE, 1)
-            fact = _fact(path, number, f"question-{number}", title, prompt, str(answers[0]), None)
-            found.append(Case(fact, (Probe("edit", fact.filled(), fact.object),), "questions"))
-    return found
+    return _records(path, ("title", "question"), _question_case)
+
+
+def _question_case(number: int, row: dict[str, Any]) -> Case:
+    title, answers = str(row["title"]).replace("_", " "), row.get("answers") or []
+    answers = answers.get("text", []) if isinstance(answers, dict) else answers
+    question = str(row["question"]).strip()
+    if not title or title not in question or SUBJECT_PLACE in question:
+        raise _Unusable("the question does not name its document's title")
+    if not answers:
+        raise _Unusable("the question has no answer")
+    fact = _fact(f"question-{number}", title, question.replace(title, SUBJECT_PLACE, 1), str(answers[0]), None)
+    return Case(fact, (Probe("edit", fact.filled(), fact.object),), "questions")
 
 
 def same_subject(cases: Sequence[Case], size: int, sets: int, seed: int) -> list[list[Case]]:
@@ -154,11 +174,21 @@ def same_subject(cases: Sequence[Case], size: int, sets: int, seed: int) -> list
     return made
 
 
-def _fact(path: Path, number: int, id: str, subject: str, prompt: str, new: str, true: str | None) -> Fact:
+def _records(path: Path, needed: Iterable[str], make: Callable[[int, dict[str, Any]], Case]) -> Records:
+    records = Records([])
+    for number, row in read_objects(path, needed):
+        try:
+            records.cases.append(make(number, row))
+        except _Unusable as why:
+            records.left_out[f"{path.name}:{number}"] = str(why)
+    return records
+
+
+def _fact(id: str, subject: str, prompt: str, new: str, true: str | None) -> Fact:
     try:
         return Fact(id=id, subject=subject, prompt=prompt, object=new, former_object=true)
-    except ValueError as error:
-        raise DataError(f"{path}:{number}: {str(error).splitlines()[2].strip()}") from None
+    except ValidationError as error:
+        raise _Unusable(first_reason(error)) from None
 
 
 def _file(data: Path, names: Iterable[str]) -> Path:

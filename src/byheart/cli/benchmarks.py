@@ -141,12 +141,12 @@ def _bench_counterfact(
     from byheart.benchmarks.editing import counterfact, question_cases
     from byheart.benchmarks.editing import same_subject as batches
 
-    cases = counterfact(data, references)
-    sets = [] if not same_subject else [("same subject", batches(cases, same_subject, 10, seed))]
-    sets += [] if questions is None else [("questions", [question_cases(questions)])]
+    records = counterfact(data, references)
+    sets = [] if not same_subject else [("same subject", batches(records.cases, same_subject, 10, seed))]
+    sets += [] if questions is None else [("questions", [question_cases(questions).cases])]
     _edit_bench(
         "CounterFact",
-        cases,
+        records,
         data,
         base,
         methods,
@@ -183,7 +183,7 @@ def _bench_zsre(
     """zsRE: edits of questions' answers, scored by token overlap after all edits."""
     from byheart.benchmarks.editing import question_cases, zsre
 
-    sets = [] if questions is None else [("questions", [question_cases(questions)])]
+    sets = [] if questions is None else [("questions", [question_cases(questions).cases])]
     _edit_bench(
         "zsRE", zsre(data), data, base, methods, out, text, edits, 0, sets, limit, seed, device, dtype, options, as_json
     )
@@ -269,7 +269,7 @@ def _bench(
 
 
 def _edit_bench(
-    title: str, cases: list[Any], data: Path, base: str, methods: str, out: Path, text: Path | None, edits: str,
+    title: str, records: Any, data: Path, base: str, methods: str, out: Path, text: Path | None, edits: str,
     texts: int, sets: list[Any], limit: int | None, seed: int, device: str | None, dtype: str | None,
     options: list[str] | None, as_json: bool,
 ) -> None:  # fmt: skip
@@ -285,16 +285,23 @@ def _edit_bench(
     for name in names:
         if name not in ("edit", *BASELINES):
             raise UsageError(f"--methods {name}: edits nothing; the unedited model is always scored beside the others")
-    if not cases:
-        raise DataError(f"--data {data}: holds no records")
+    if not records.cases:
+        raise DataError(f"--data {data}: holds no records that can be edited in")
     _check_text(text)
-    cases = drawn(cases, limit, seed)
+    cases = drawn(records.cases, limit, seed)
     sizes = _sizes(edits)
     show = Terminal()
+    for place, why in records.left_out.items():
+        show.say(f"{place} left out: {why}")
     model = load_base(base, device=device, dtype=dtype, say=show.say)
     plan, given = _edit_plan(model, text, out, sizes, sets, texts, seed)
     settings = make_settings("minilm", "288/64", "hybrid", 1, 0, False, 24, seed, [*given, *(options or [])])
-    origin = {"data": str(data), "text": None if text is None else str(text), "limit": limit}
+    origin = {
+        "data": str(data),
+        "text": None if text is None else str(text),
+        "limit": limit,
+        "left_out": records.left_out,
+    }
     run = run_editing(title, model, cases, names, out, settings, plan, origin=origin, progress=show)
     if as_json:
         print(json.dumps(run, ensure_ascii=False, indent=2))

@@ -12,12 +12,11 @@ from byheart.methods.edit.covariance import second_moments
 from byheart.methods.edit.layers import WIDTH
 from byheart.methods.edit.prompts import make_prefixes, prepare, prompt_text, target_text
 from byheart.methods.edit.targets import TargetOptions, find_targets
-from byheart.methods.edit.weights import product
+from byheart.methods.edit.weights import changed_by
 from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.progress import Silent
 from byheart.rows import Fact
 from byheart.score import harmonic_mean
-from byheart.surgery import changed
 
 FACTS = 16
 # Where ranges begin, as shares of the depth.
@@ -53,7 +52,7 @@ def sweep(base: Base, facts: Sequence[Fact], seed: int, show: Silent) -> tuple[i
             z = find_targets(base, prepared, last, TargetOptions()).z
             moments = second_moments(base, layers, None, 2 * base.parts.d_ff, seed)
             deltas = Writer(base, moments, WriteOptions()).write(prepared, z).deltas
-            with changed((base.parts.blocks[layer].mlp_out, product(delta)) for layer, delta in deltas.items()):
+            with changed_by(base, deltas):
                 held = _likelier(base, edits, prefixes[2:])
                 stayed = [a == b for a, b in zip(before, _likelier(base, others, ("",)), strict=True)]
             held_share, stayed_share = sum(held) / len(held), sum(stayed) / len(stayed)

@@ -37,8 +37,7 @@ class ChangedWeights(Closed):
 
     def attached(self) -> AbstractContextManager[None]:
         """The changed model; afterwards the old weights are back, bit for bit."""
-        blocks = self.base.parts.blocks
-        return changed((blocks[layer].mlp_out, product(delta)) for layer, delta in self.deltas.items())
+        return changed_by(self.base, self.deltas)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything to keep besides the deltas."""
@@ -72,6 +71,11 @@ class ChangedWeights(Closed):
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
         return method
+
+
+def changed_by(base: Base, deltas: Deltas) -> AbstractContextManager[None]:
+    """The model with the deltas added to its matrices."""
+    return changed((base.parts.blocks[layer].mlp_out, product(delta)) for layer, delta in deltas.items())
 
 
 def product(delta: tuple[Tensor | None, Tensor]) -> Tensor:

@@ -36,6 +36,7 @@ from byheart.methods.memory.examples import PACK, PLAIN, Frame, Piece, What, own
 from byheart.methods.memory.states import Row, States, Upper, keep_states
 from byheart.methods.memory.study import study
 from byheart.peft_layout import CONFIG, PREFIX, TENSORS, lora_config, path_of
+from byheart.progress import scaled
 from byheart.prompt import PromptFormat
 from byheart.rows import Fact, Kind
 from byheart.segment import segment
@@ -168,7 +169,6 @@ class Memory(Closed):
         orders = _Orders([len(rows) for rows in several], options.batch, options.epochs, seed)
         kept: dict[int, States] = {}
         ready = 0.0
-        told = 0
 
         def loss(step: int) -> Tensor:
             nonlocal ready
@@ -180,16 +180,13 @@ class Memory(Closed):
             found, _ = upper.loss([several[packing][n] for n in numbers], kept[packing].padded(numbers))
             return found.mean()
 
-        def tell(steps: int) -> None:
-            nonlocal told
-            told += steps
-            progress(told * count // orders.steps - (told - steps) * count // orders.steps)
-
         mark = fingerprint(
             self.base.hash, str(self.base.dtype), self.base.device.type, asdict(options), self.blocks, seed, several
         )
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
-        trained = train(self.adapters, loss, recipe, self._folder / f"{mark}.safetensors", tell)
+        trained = train(
+            self.adapters, loss, recipe, self._folder / f"{mark}.safetensors", scaled(progress, orders.steps, count)
+        )
         for path in self._folder.glob("*.states"):
             path.unlink()  # a training that is done needs them no more
         self.pieces, self.losses = list(pieces), trained.losses
