@@ -65,7 +65,7 @@ class EditOptions(WriteOptions, TargetOptions):
     paraphrases: bool = False
     text: str = "own"
     tokens: int = 0
-    rounds: int = 2
+    rounds: int = 3
     merge: bool = False
     batch: int = 0
     sequence: Literal["joint", "accumulate"] = "joint"
