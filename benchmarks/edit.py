@@ -14,13 +14,14 @@ from torch import Tensor
 from byheart.base import Base, load_base
 from byheart.decode import Job, complete
 from byheart.formats import read_json_lines
-from byheart.methods.edit.covariance import moments_of, text_rows
+from byheart.methods.edit.covariance import moments_of
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare, prompt_text, target_text
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import Deltas, changed_by
 from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.methods.facts import choose_facts
+from byheart.ordinary import text_rows
 from byheart.rows import Fact
 
 SERIAL, MANY = 24, 100

@@ -45,8 +45,7 @@ TINY = {
 
 @pytest.fixture
 def base(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("byheart.methods.edit.covariance.home", lambda: tmp_path / "home")
-    monkeypatch.setattr("byheart.methods.edit.layers.home", lambda: tmp_path / "home")
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
     return make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
 
 

@@ -12,7 +12,7 @@ from byheart.decode import Job, Sampling, complete
 from byheart.edit_report import grids, write_edit_report
 from byheart.errors import DataError
 from byheart.methods import Settings
-from byheart.methods.edit.covariance import text_rows
+from byheart.ordinary import text_rows
 from byheart.perplexity import perplexity
 from byheart.progress import Silent
 from byheart.rows import Fact
@@ -133,7 +133,7 @@ def test_the_papers_figures_come_out():
 
 
 def test_a_run_scores_the_unedited_model_beside_the_edited_one(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("byheart.methods.edit.covariance.home", lambda: tmp_path / "home")
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
     base = make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
     path = lines(
         tmp_path / "c.jsonl",

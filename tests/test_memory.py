@@ -16,6 +16,7 @@ from byheart.methods.memory.adapter import attached, make_adapters
 from byheart.methods.memory.examples import PACK, Piece, packed, pieces_of, question_forms
 from byheart.methods.memory.method import Memory, choose_blocks
 from byheart.methods.memory.states import Upper, keep_states
+from byheart.perplexity import perplexity
 from byheart.prompt import PromptFormat
 from byheart.rows import Document, Fact, Question
 from byheart.training import Recipe, train
@@ -255,13 +256,16 @@ def test_a_lora_loads_in_peft_with_the_same_logits(base, tmp_path, tokenizer):
     assert torch.allclose(theirs, learnt, atol=1e-5)
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_killed_training_goes_on_to_the_same_weights(keep, base, tmp_path, monkeypatch):
     monkeypatch.setattr("byheart.training._SAVE_EVERY", 0.0)
     ledger = ledger_of(tmp_path)
-    whole = memory(base, tmp_path / "one")
+    text = tmp_path / "text.txt"
+    text.write_text("Rain fell on the hills and the road was closed. " * 80, encoding="utf-8")
+    whole = memory(base, tmp_path / "one", keep=keep, text=text)
     whole.learn(ledger)
 
-    killed = memory(base, tmp_path / "two")
+    killed = memory(base, tmp_path / "two", keep=keep, text=text)
     done = 0
 
     def kill(count):
@@ -272,10 +276,29 @@ def test_a_killed_training_goes_on_to_the_same_weights(base, tmp_path, monkeypat
 
     with pytest.raises(KeyboardInterrupt):
         killed.learn(ledger, kill)
-    again = memory(base, tmp_path / "two")
+    again = memory(base, tmp_path / "two", keep=keep, text=text)
     again.learn(ledger)
     assert same(weights(whole), weights(again))
     assert again.losses == whole.losses
+
+
+def test_what_is_kept_still_moves_less(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
+    text = tmp_path / "text.txt"
+    text.write_text("Rain fell on the hills and the road was closed. " * 80, encoding="utf-8")
+    rows = [base.tokenizer("The road was closed and rain fell on the hills.")["input_ids"]]
+    before = perplexity(base, rows)
+    drift = {}
+    for keep in (0, 10):
+        method = memory(base, tmp_path, epochs=12, keep=keep, text=text)
+        with ledger_of(tmp_path) as ledger:
+            method.learn(ledger)
+        with method.attached():
+            drift[keep] = abs(math.log(perplexity(base, rows) / before))
+    assert drift[10] < 0.5 * drift[0]
+    # What is kept goes with the memory, for revisions to keep, too.
+    method.save_pretrained(tmp_path / "kept")
+    assert Memory.from_pretrained(tmp_path / "kept", base).ordinary == method.ordinary != []
 
 
 def test_a_training_of_other_settings_is_not_gone_on_with(base, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -231,11 +232,13 @@ def _bench_fever(
     if split not in ("claim", "page"):
         raise UsageError(f"--split {split}: must be claim or page")
     _check_text(text)
-    settings = Settings(shots=0, seed=seed, options=parse_method_options(options or []))
+    parse_method_options(options or [])  # what is wrong with them is said before anything is loaded
     fever = load_fever(data, top=pages, how=split, seed=seed, limit=limit)  # type: ignore[arg-type]
     model = load_base(base, device=device, dtype=dtype)
     out.mkdir(parents=True, exist_ok=True)
-    rows, _ = _ordinary_rows(model, text, seed)
+    rows, rest = _ordinary_rows(model, text, seed)
+    given = _given_text(rest, out, ["memory"])
+    settings = Settings(shots=0, seed=seed, options=parse_method_options([*given, *(options or [])]))
     plan = Plan(_shots(shots), variants, tuple(range(seed, seed + seeds)), context, rows)  # type: ignore[arg-type]
     origin = {"data": str(data), "split": split, "limit": limit}
     show = Terminal()
@@ -274,7 +277,7 @@ def _edit_bench(
     options: list[str] | None, as_json: bool,
 ) -> None:  # fmt: skip
     from byheart.base import load_base
-    from byheart.benchmarks.edit_run import run_editing
+    from byheart.benchmarks.edit_run import Plan, run_editing
     from byheart.compare import drawn
     from byheart.edit_report import grids, write_edit_report
     from byheart.methods import BASELINES
@@ -294,7 +297,8 @@ def _edit_bench(
     for place, why in records.left_out.items():
         show.say(f"{place} left out: {why}")
     model = load_base(base, device=device, dtype=dtype, say=show.say)
-    plan, given = _edit_plan(model, text, out, sizes, sets, texts, seed)
+    rows, rest = _ordinary_rows(model, text, seed)
+    plan, given = Plan(sizes, tuple(sets), texts, rows), _given_text(rest, out, ["edit", "rome"])
     settings = make_settings("minilm", "288/64", "hybrid", 1, 0, False, 24, seed, [*given, *(options or [])])
     origin = {
         "data": str(data),
@@ -310,19 +314,14 @@ def _edit_bench(
     show.say(f"report: {write_edit_report(out, traced_path(model))}")
 
 
-def _edit_plan(
-    model: Any, text: Path | None, out: Path, sizes: tuple[int, ...], sets: list[Any], texts: int, seed: int
-) -> tuple[Any, list[str]]:
-    """What to measure, and the options that give methods their ordinary text: never the part that is measured on."""
-    from byheart.benchmarks.edit_run import Plan
+def _given_text(rest: str | None, out: Path, methods: Sequence[str]) -> list[str]:
+    """Options that give methods their ordinary text: never the part that is measured on."""
     from byheart.storage import write_text
 
-    rows, rest = _ordinary_rows(model, text, seed)
-    given = []
-    if rest is not None:
-        write_text(out / "text.txt", rest)
-        given = [f"{name}.text={out / 'text.txt'}" for name in ("edit", "rome")]
-    return Plan(sizes, tuple(sets), texts, rows), given
+    if rest is None:
+        return []
+    write_text(out / "text.txt", rest)
+    return [f"{name}.text={out / 'text.txt'}" for name in methods]
 
 
 def _check_text(text: Path | None) -> None:
@@ -332,7 +331,7 @@ def _check_text(text: Path | None) -> None:
 
 def _ordinary_rows(model: Any, text: Path | None, seed: int) -> tuple[tuple[tuple[int, ...], ...], str | None]:
     """Token rows to measure perplexity on, and the half of the text that they are not from."""
-    from byheart.methods.edit.covariance import ROW, ordinary_text, text_rows
+    from byheart.ordinary import ROW, ordinary_text, text_rows
     from byheart.perplexity import TOKENS
 
     if text is None:

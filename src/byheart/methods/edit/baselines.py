@@ -21,13 +21,14 @@ from byheart.blocks import Stretch
 from byheart.decode import batches
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
-from byheart.methods.edit.covariance import ordinary_text, second_moments, text_source, token_count
+from byheart.methods.edit.covariance import second_moments, token_count
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, Deltas, delta_bytes, product, stacked
 from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.methods.facts import choose_facts
+from byheart.ordinary import ordinary_text, text_source
 from byheart.padding import right_padded
 from byheart.rows import Fact
 from byheart.surgery import add_to, matrix, out_first

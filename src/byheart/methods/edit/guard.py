@@ -11,7 +11,7 @@ from torch import Tensor
 
 from byheart.base import Base
 from byheart.decode import Job, complete
-from byheart.methods.edit.covariance import text_rows
+from byheart.ordinary import text_rows
 from byheart.perplexity import perplexity
 from byheart.rows import Fact
 

@@ -22,13 +22,14 @@ from byheart.errors import DataError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.edit import guard
-from byheart.methods.edit.covariance import ordinary_text, second_moments, text_source, token_count
+from byheart.methods.edit.covariance import second_moments, token_count
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare, prompt_text, target_text
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, Deltas, changed_by, delta_bytes, stacked
 from byheart.methods.edit.write import WriteOptions, Writer, Written
 from byheart.methods.facts import choose_facts
+from byheart.ordinary import ordinary_text, text_source
 from byheart.progress import scaled
 from byheart.rows import Fact
 from byheart.storage import fingerprint, replacing

@@ -10,7 +10,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -22,7 +22,6 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from byheart.base import Base
 from byheart.errors import DataError, UsageError, first_line
@@ -35,6 +34,7 @@ from byheart.methods.memory.adapter import Place, attached, make_adapters
 from byheart.methods.memory.examples import PACK, PLAIN, Frame, Piece, What, owner_of, packed, pieces_of, to_learn
 from byheart.methods.memory.states import Row, States, Upper, keep_states
 from byheart.methods.memory.study import study
+from byheart.ordinary import ordinary_text, text_rows
 from byheart.peft_layout import CONFIG, PREFIX, TENSORS, lora_config, path_of
 from byheart.progress import scaled
 from byheart.prompt import PromptFormat
@@ -44,6 +44,8 @@ from byheart.storage import fingerprint, read_json, write_json, write_text
 from byheart.training import Recipe, Trained, train
 
 _PIECES = "pieces.jsonl"
+# Tokens of ordinary text that training keeps still, as a multiple of d_ff: as many as an edit lets the model write.
+_ORDINARY = 10
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class MemoryOptions:
         epochs: how often everything is seen.
         batch: sequences a step.
         lr, warmup, decay, clip: see :class:`byheart.training.Recipe`.
+        keep: weight of KL(base || memory) on a row of ordinary text each step: what holds the rest of the model still.
+            0 trains as the seed does, and lets perplexity on other text rise as it will.
+        text: that ordinary text: ``own`` (the model writes it) or a file.
         packings: in how many ways questions are put together to sequences, in turn; each is kept on disk.
         revise_epochs: after a change, how often the changed rows are seen, each beside as many others.
     """
@@ -77,6 +82,8 @@ class MemoryOptions:
     warmup: int = 10
     decay: float = 0.05
     clip: float = 10.0
+    keep: float = 0.0
+    text: str = "own"
     packings: int = 3
     revise_epochs: int = 12
 
@@ -99,6 +106,7 @@ class Memory(Closed):
         self.adapters = self._fresh()
         self.pieces: list[Piece] = []
         self.losses: list[float] = []
+        self.ordinary: list[list[int]] = []
         self.skipped: dict[str, str] = {}
 
     # -- the contract ----------------------------------------------------------------------------------------
@@ -166,6 +174,8 @@ class Memory(Closed):
         if not several[0]:
             return Trained(), (f"nothing to learn with memory.learn={options.learn}: the base model as it is",)
         upper = Upper(self.base, self.adapters, options.place)
+        self.ordinary = self._ordinary_rows() if options.keep else []
+        still = self._keeping(upper, self._folder)
         orders = _Orders([len(rows) for rows in several], options.batch, options.epochs, seed)
         kept: dict[int, States] = {}
         ready = 0.0
@@ -178,11 +188,12 @@ class Memory(Closed):
                 kept[packing] = self._states(self._folder, several[packing], upper.start)
                 ready += time.perf_counter() - began
             found, _ = upper.loss([several[packing][n] for n in numbers], kept[packing].padded(numbers))
-            return found.mean()
+            return found.mean() + still(step)
 
         mark = fingerprint(
-            self.base.hash, str(self.base.dtype), self.base.device.type, asdict(options), self.blocks, seed, several
-        )
+            self.base.hash, str(self.base.dtype), self.base.device.type, asdict(options), self.blocks, seed, several,
+            self.ordinary,
+        )  # fmt: skip
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         trained = train(
             self.adapters, loss, recipe, self._folder / f"{mark}.safetensors", scaled(progress, orders.steps, count)
@@ -212,6 +223,7 @@ class Memory(Closed):
         orders = _Orders([max(len(learnt), len(away))], options.batch, options.revise_epochs, self.settings.seed)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
+            still = self._keeping(upper, folder)
             states = self._states(folder, learnt, upper.start) if learnt else None
             away_states = self._states(folder, away, upper.start) if away else None
 
@@ -222,17 +234,32 @@ class Memory(Closed):
                     some = [n % len(learnt) for n in numbers]
                     total = total + upper.loss([learnt[n] for n in some], states.padded(some))[0].mean()
                 if away_states:
-                    n = random.Random(f"{self.settings.seed}/{step}").randrange(len(away))
-                    row, hidden = [away[n]], away_states.padded([n])
-                    with torch.no_grad():
-                        plain, _ = upper.labelled(row, hidden, plain=True)
-                    logits, _ = upper.labelled(row, hidden)
-                    both = (logits.float().log_softmax(-1), plain.float().log_softmax(-1))
-                    total = total + functional.kl_div(*both, log_target=True, reduction="batchmean")
-                return total
+                    n = self._drawn(step, away)
+                    total = total + upper.drift([away[n]], away_states.padded([n]))
+                return total + still(step)
 
             recipe = Recipe(orders.steps, options.lr / 2, options.warmup, options.decay, options.clip)
             train(trained, loss, recipe, folder / "revision.safetensors")
+
+    def _ordinary_rows(self) -> list[list[int]]:
+        texts = ordinary_text(self.options.text, self.name)
+        return list(text_rows(self.base, texts, _ORDINARY * self.base.parts.d_ff, self.settings.seed))
+
+    def _keeping(self, upper: Upper, folder: Path) -> Callable[[int], Tensor]:
+        """What a step's loss has for moving what the base says about ordinary text: one row of it, by turns."""
+        rows = [Row(tuple(ids), (False, *[True] * (len(ids) - 1))) for ids in self.ordinary if len(ids) > 1]
+        if not rows:
+            return lambda step: torch.zeros((), device=self.base.device)
+        states = self._states(folder, rows, upper.start)
+
+        def still(step: int) -> Tensor:
+            n = self._drawn(step, rows)
+            return self.options.keep * upper.drift([rows[n]], states.padded([n]))
+
+        return still
+
+    def _drawn(self, step: int, rows: Sequence[Row]) -> int:
+        return random.Random(f"{self.settings.seed}/{step}").randrange(len(rows))
 
     def accuracy(self, pieces: Sequence[Piece]) -> float:
         """The share of the pieces' tokens that are the likeliest where they are to be predicted."""
@@ -323,7 +350,7 @@ class Memory(Closed):
             modules = [self.base.parts.blocks[number].mlp_out for number in self.blocks]
             config = lora_config(self.base, modules, len(next(self.adapters.parameters())))
         write_json(folder / CONFIG, config)
-        own = {"blocks": self.blocks, "options": asdict(self.options), "losses": self.losses}
+        own = {"blocks": self.blocks, "options": asdict(self.options), "losses": self.losses, "ordinary": self.ordinary}
         write_json(folder / f"{self.name}.json", own)
         write_text(folder / _PIECES, "".join(piece.model_dump_json() + "\n" for piece in self.pieces))
 
@@ -348,6 +375,7 @@ class Memory(Closed):
             method.adapters.load_state_dict(state)
             method.pieces = [Piece.model_validate(row) for _, row in read_objects(path / _PIECES)]
             method.losses = [float(one) for one in record["losses"]]
+            method.ordinary = [list(map(int, ids)) for ids in record["ordinary"]]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:
             raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
         return method

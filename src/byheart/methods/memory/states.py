@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from byheart.attention import fast_attention
 from byheart.base import Base
@@ -110,3 +111,11 @@ class Upper:
     def loss(self, rows: Sequence[Row], hidden: Tensor) -> tuple[Tensor, Tensor]:
         """-log p of every token to be predicted (labels), and whether it is the likeliest."""
         return token_loss(*self.labelled(rows, hidden))
+
+    def drift(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
+        """KL(base || base with the networks), a mean over the tokens to be predicted."""
+        with torch.no_grad():
+            plain, _ = self.labelled(rows, hidden, plain=True)
+        logits, _ = self.labelled(rows, hidden)
+        both = (logits.float().log_softmax(-1), plain.float().log_softmax(-1))
+        return functional.kl_div(*both, log_target=True, reduction="batchmean")
