@@ -339,6 +339,25 @@ def test_a_revised_fact_is_replaced_and_a_retracted_one_trained_away(base, tmp_p
     assert abs(now - plain) <= abs(before - plain)
 
 
+def test_only_words_that_nothing_answers_any_more_are_drawn_to_the_base(base, tmp_path, monkeypatch):
+    ledger = ledger_of(tmp_path)
+    method = memory(base, tmp_path, revise_epochs=8)
+    method.learn(ledger)
+    seen, plain = set(), Upper.drift
+
+    def drift(upper, rows, hidden):
+        seen.update(base.tokenizer.decode(row.ids) for row in rows)
+        return plain(upper, rows, hidden)
+
+    monkeypatch.setattr(Upper, "drift", drift)
+    ledger.revise(FACTS[0].model_copy(update={"object": "the Korrin"}))
+    method.revise(last_change(ledger, "river"))
+    assert not seen  # the new object answers the very same words
+    ledger.retract("fact", "river")
+    method.revise(last_change(ledger, "river"))
+    assert seen and all("Korrin" in text for text in seen)
+
+
 def test_rows_of_different_kinds_with_one_id_are_kept_apart(base, tmp_path):
     one = Question(id="river", question="Which river is it?", answers=["the Dunnow"], split="train")
     ledger = ledger_of(tmp_path, (*PAGES, *FACTS, one))
