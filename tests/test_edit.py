@@ -22,6 +22,7 @@ from byheart.methods.edit.prompts import find_lookup, prepare, tokenize
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.write import Reader
 from byheart.rows import Fact, Neighbour
+from byheart.storage import read_json, write_json
 from byheart.surgery import matrix
 from conftest import FAMILIES, tiny_model
 
@@ -115,7 +116,7 @@ def test_a_second_round_seeks_targets_in_the_model_with_all_edits(base, tmp_path
     twice.undo(["cove"])
     assert torch.equal(twice.z, z[[0, 2, 3]])
     twice.undo([fact.id for fact in FACTS if fact.id != "cove"])
-    assert same(weights_with(twice), weights(base))
+    assert same(weights_with(twice), weights(base)) and not twice.deltas
 
 
 def test_an_old_fact_that_a_new_one_pushes_off_is_sought_again(base, tmp_path, monkeypatch):
@@ -167,6 +168,10 @@ def test_what_was_kept_is_what_was_learnt(base, tmp_path):
     assert same(weights_with(again), weights_with(method))
     again.save_pretrained(tmp_path / "kept")
     assert len(Edit.from_pretrained(tmp_path / "kept", base).facts) == 3
+    # A folder is gone on with as it was made, whatever the defaults have become since.
+    record = read_json(tmp_path / "kept" / "edit.json")
+    write_json(tmp_path / "kept" / "edit.json", record | {"options": record["options"] | {"weight": 0.3}})
+    assert Edit.from_pretrained(tmp_path / "kept", base).options.weight == 0.3
     other = make_base("other", tiny_model("gpt2", len(base.tokenizer)), base.tokenizer)
     with pytest.raises(DataError, match="another base"):
         Edit.from_pretrained(tmp_path / "kept", other)
@@ -393,6 +398,7 @@ def test_options_are_checked(base, tmp_path):
         ("edit.spread=odd", "even, sqrt, ends"),
         ("edit.magic=1", "no such option"),
         ("edit.merge=perhaps", "true or false"),
+        ("edit.rounds=0", "at least 1"),
     ]:
         key, _, value = option.partition("=")
         with pytest.raises(UsageError, match=says):

@@ -10,7 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -93,7 +93,7 @@ def compare(
             report = method.learn(ledger, tick)
         mark = fingerprint(
             name, base.hash, str(base.dtype), base.device.type, settings.to_dict(), encoder_record(method),
-            ledger.mark(), __version__, list(getattr(method, "layers", [])),
+            ledger.mark(), __version__, list(getattr(method, "layers", [])), _options(method),
         )  # fmt: skip
         with show.bar(f"{name}: questions", len(questions)) as tick:
             answers[name] = answer_all(method, questions, out / "answers" / f"{name}.jsonl", mark, on_done=tick)
@@ -103,6 +103,12 @@ def compare(
     write_json(out / "run.json", run)
     write_answers(out / "answers.jsonl", questions, answers)
     return run
+
+
+def _options(method: Method) -> dict[str, Any]:
+    """A method's options with the defaults of this version, which settings do not hold."""
+    options: Any = getattr(method, "options", None)
+    return asdict(options) if is_dataclass(options) and not isinstance(options, type) else {}
 
 
 def _made(

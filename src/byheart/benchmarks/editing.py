@@ -109,11 +109,11 @@ def zsre(data: Path) -> Records:
 
 def _zsre_case(path: Path, number: int, row: dict[str, Any]) -> Case:
     try:
-        subject, question = str(row["subject"]), str(row["src"])
+        subject, question = row["subject"], row["src"]
         if not subject or subject not in question:
             raise _Unusable(f"the question does not hold its subject {subject!r}")
         prompt = question.replace("{", "(").replace("}", ")").replace(subject, SUBJECT_PLACE, 1)
-        fact = _fact(f"zsre-{number}", subject, prompt, str(row["alt"]), None)
+        fact = _fact(f"zsre-{number}", subject, prompt, row["alt"], None)
         probes = [Probe("edit", fact.filled(), fact.object)]
         if row.get("rephrase"):
             probes.append(Probe("paraphrase", row["rephrase"], fact.object))
@@ -185,6 +185,8 @@ def _records(path: Path, needed: Iterable[str], make: Callable[[int, dict[str, A
 
 
 def _fact(id: str, subject: str, prompt: str, new: str, true: str | None) -> Fact:
+    if not all(isinstance(text, str) for text in (subject, prompt, new)):
+        raise TypeError("subject, prompt and target must be texts")
     try:
         return Fact(id=id, subject=subject, prompt=prompt, object=new, former_object=true)
     except ValidationError as error:

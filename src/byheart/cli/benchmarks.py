@@ -139,12 +139,12 @@ def _bench_counterfact(
     as_json: AsJson = False,
 ) -> None:
     """CounterFact: edits of facts, scored on edit, paraphrase and neighbourhood prompts after all edits."""
-    from byheart.benchmarks.editing import counterfact, question_cases
+    from byheart.benchmarks.editing import counterfact
     from byheart.benchmarks.editing import same_subject as batches
 
     records = counterfact(data, references)
     sets = [] if not same_subject else [("same subject", batches(records.cases, same_subject, 10, seed))]
-    sets += [] if questions is None else [("questions", [question_cases(questions).cases])]
+    sets += _question_sets(questions)
     _edit_bench(
         "CounterFact",
         records,
@@ -182,11 +182,25 @@ def _bench_zsre(
     as_json: AsJson = False,
 ) -> None:
     """zsRE: edits of questions' answers, scored by token overlap after all edits."""
-    from byheart.benchmarks.editing import question_cases, zsre
+    from byheart.benchmarks.editing import zsre
 
-    sets = [] if questions is None else [("questions", [question_cases(questions).cases])]
     _edit_bench(
-        "zsRE", zsre(data), data, base, methods, out, text, edits, 0, sets, limit, seed, device, dtype, options, as_json
+        "zsRE",
+        zsre(data),
+        data,
+        base,
+        methods,
+        out,
+        text,
+        edits,
+        0,
+        _question_sets(questions),
+        limit,
+        seed,
+        device,
+        dtype,
+        options,
+        as_json,
     )
 
 
@@ -207,7 +221,10 @@ def _bench_fever(
     context: Annotated[
         bool, typer.Option("--context/--no-context", help="Also ask with the page's text in the prompt.")
     ] = True,
-    text: Annotated[Path | None, typer.Option("--text", help="Ordinary text: its end for perplexity.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="Ordinary text: its first half for memory.keep, its end for perplexity."),
+    ] = None,
     limit: Limit = None,
     seed: Seed = 0,
     device: Device = None,
@@ -294,8 +311,7 @@ def _edit_bench(
     cases = drawn(records.cases, limit, seed)
     sizes = _sizes(edits)
     show = Terminal()
-    for place, why in records.left_out.items():
-        show.say(f"{place} left out: {why}")
+    _say_left_out(show, records)
     model = load_base(base, device=device, dtype=dtype, say=show.say)
     rows, rest = _ordinary_rows(model, text, seed)
     plan, given = Plan(sizes, tuple(sets), texts, rows), _given_text(rest, out, ["edit", "rome"])
@@ -312,6 +328,27 @@ def _edit_bench(
     else:
         print_grids(grids(run))
     show.say(f"report: {write_edit_report(out, traced_path(model))}")
+
+
+def _question_sets(path: Path | None) -> list[Any]:
+    """Edits from documents' questions as a set of their own; none where no file is given."""
+    from byheart.benchmarks.editing import question_cases
+    from byheart.progress import Terminal
+
+    if path is None:
+        return []
+    records = question_cases(path)
+    _say_left_out(Terminal(), records)
+    return [("questions", [records.cases])]
+
+
+def _say_left_out(show: Any, records: Any) -> None:
+    from byheart.formats import MAX_LISTED
+
+    for place, why in list(records.left_out.items())[:MAX_LISTED]:
+        show.say(f"{place} left out: {why}")
+    if len(records.left_out) > MAX_LISTED:
+        show.say(f"{len(records.left_out)} records left out in all")
 
 
 def _given_text(rest: str | None, out: Path, methods: Sequence[str]) -> list[str]:

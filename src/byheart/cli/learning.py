@@ -171,7 +171,7 @@ def _undo(
     dtype: DtypeName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take facts out of an edit, as if they had never been learnt; nothing is optimised anew."""
+    """Take facts out of an edit: the others are solved for again, from what is kept of them."""
     from byheart.methods.edit.method import Edit
 
     (method,) = _loaded([folder], base, device, dtype)

@@ -25,7 +25,7 @@ from byheart.methods.edit.covariance import second_moments, token_count
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.targets import TargetOptions, find_targets
-from byheart.methods.edit.weights import ChangedWeights, Deltas, delta_bytes, product, stacked
+from byheart.methods.edit.weights import ChangedWeights, Deltas, changed_by, delta_bytes, stacked
 from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.methods.facts import choose_facts
 from byheart.ordinary import ordinary_text, text_source
@@ -222,9 +222,7 @@ class Rome(Baseline):
         writer = Writer(self.base, moments, WriteOptions(constraint="equality"))
         deltas: Deltas = {}
         for one in prepared:
-            with ExitStack() as stack:
-                for layer, delta in deltas.items():
-                    add_to(self.base.parts.blocks[layer].mlp_out, product(delta), stack)
+            with changed_by(self.base, deltas):
                 z = find_targets(self.base, [one], self.layer, TargetOptions()).z
                 deltas = stacked(deltas, writer.write([one], z).deltas)
             progress(1)

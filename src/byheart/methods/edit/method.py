@@ -18,7 +18,7 @@ from torch import Tensor
 
 from byheart.base import Base
 from byheart.decode import Job, complete
-from byheart.errors import DataError
+from byheart.errors import DataError, UsageError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.edit import guard
@@ -54,8 +54,8 @@ class EditOptions(WriteOptions, TargetOptions):
             a fact's target makes up for what the other edits move around it.
         merge: seek and write one change for all facts about one subject (MEMIT-Merge).
         batch: facts to take at once; 0: all of them.
-        sequence: ``joint`` solves all facts, old and new, together whenever some come or go, so that the order in
-            which they came leaves no trace; ``accumulate`` adds each batch to what is there (as published).
+        sequence: ``joint`` solves all facts, old and new, together whenever some come or go; ``accumulate`` adds each
+            batch to what is there (as published).
         gate: what to do where the change drifts too far: ``off`` (do not look), ``warn``, or ``rollback``.
         max_perplexity, max_neighbours: how much perplexity on ordinary text may rise and right answers about
             neighbours may fall, as shares.
@@ -66,7 +66,7 @@ class EditOptions(WriteOptions, TargetOptions):
     paraphrases: bool = False
     text: str = "own"
     tokens: int = 0
-    rounds: int = 3
+    rounds: int = 4
     merge: bool = False
     batch: int = 0
     sequence: Literal["joint", "accumulate"] = "joint"
@@ -80,7 +80,7 @@ class Edit(ChangedWeights):
 
     What is learnt is a set of facts, each with its target z; the weights follow from the two. Adding, replacing and
     removing a fact solve anew from stored targets. With one round a target depends on its fact alone, so that undoing a
-    fact gives the very weights that never knew it.
+    fact gives the weights that never knew it.
     """
 
     name = "edit"
@@ -88,6 +88,8 @@ class Edit(ChangedWeights):
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
         self.options = parse_options(EditOptions, self.name, settings.options)
+        if self.options.rounds < 1:
+            raise UsageError(f"--set edit.rounds={self.options.rounds}: must be at least 1")
         self.layers = choose_layers(base, self.options.layers)
         self.holding: list[Fact] = []  # all facts that hold, those that cannot be written among them
         self.facts: list[Fact] = []
@@ -120,7 +122,10 @@ class Edit(ChangedWeights):
         return self._report(time.perf_counter() - began, tuple(dict.fromkeys(notes)))
 
     def revise(self, change: Change) -> LearnReport:
-        """Follow one change of a fact: targets are sought for what is new only, then all facts are solved for again."""
+        """Follow one change of a fact: all are solved for again, with targets sought for what is new.
+
+        In later rounds also for old ones that no longer hold beside it.
+        """
         began = time.perf_counter()
         if change.kind != "fact":
             return LearnReport()
@@ -131,7 +136,7 @@ class Edit(ChangedWeights):
     def undo(self, ids: Sequence[str]) -> LearnReport:
         """Take facts out again.
 
-        No target is sought anew, but for facts that were written as one with an undone one (``merge``).
+        No target is sought anew; only where facts were written as one with an undone one (``merge``), theirs are.
 
         Raises:
             DataError: where one of them was not written; nothing changes then.
@@ -172,6 +177,9 @@ class Edit(ChangedWeights):
 
     def _accumulate(self, new: Sequence[Prepared], progress: Progress) -> None:
         """Add facts as published: sought and solved on the changed model, with the keys of earlier ones held."""
+        if not new:
+            return
+        self._ready()  # the second moment is that of the base, whatever is attached
         with self.attached():
             z = self._targets(new, progress, self._standing(self.facts, self.z))
             z, deltas, keys = self._settled(new, z, set(range(len(new))), progress, self.keys)
@@ -188,16 +196,18 @@ class Edit(ChangedWeights):
 
         A target is sought as if nothing but the hidden state at its lookup token changed. Hundreds of edits move other
         tokens, too (by a sixth of their length at 200 facts in a model of 135M), and that is what breaks most edits
-        that break. So those of new facts, and of old ones that no longer hold, are sought again with all edits written.
+        that break. So those of new facts, and of others here that do not hold, are sought again with all edits written.
         """
+        if not prepared:
+            return z, {}, {}
         written = self._write(prepared, z, past)
         for _ in range(1, self.options.rounds if new else 1):
             standing = self._standing([one.fact for one in prepared], z)
             with changed_by(self.base, written.deltas):
                 places = self._to_seek_again(prepared, new)
-                z = z.index_copy(
-                    0, torch.tensor(places), self._targets([prepared[n] for n in places], progress, standing)
-                )
+                tell = scaled(progress, len(places), len(new))
+                again = self._targets([prepared[n] for n in places], tell, standing)
+                z = z.index_copy(0, torch.tensor(places), again)
             written = self._write(prepared, z, past)
         return z, written.deltas, written.keys
 
@@ -211,9 +221,11 @@ class Edit(ChangedWeights):
         return [n for n, group in enumerate(groups) if group in chosen]
 
     def _standing(self, facts: Sequence[Fact], z: Tensor) -> list[Any]:
-        """What a model with these facts written follows from."""
+        """What a model with these facts written follows from, besides what targets depend on anyway."""
         digest = hashlib.sha256(z.numpy().tobytes()).hexdigest()
-        return [[f.model_dump_json() for f in facts], digest, asdict(self.options), self.layers, self._source]
+        written = {name: getattr(self.options, name) for name in WriteOptions.__dataclass_fields__}
+        text = [self._source, self.options.tokens, self.settings.seed]
+        return [[f.model_dump_json() for f in facts], digest, written, self.options.merge, self.layers, text]
 
     def _marks(self, facts: Sequence[Fact]) -> list[str]:
         """What each fact's target depends on: the fact, and those that share a change with it."""
@@ -287,13 +299,7 @@ class Edit(ChangedWeights):
         return torch.stack([known[mark].to(self.z) for mark in marks]) if marks else self.z[:0]
 
     def _write(self, prepared: Sequence[Prepared], z: Tensor, past: dict[int, Tensor] | None) -> Written:
-        if self._writer is None:
-            tokens = token_count(self.base, self.options.tokens, self._source)
-            moments = second_moments(
-                self.base, self.layers, self._texts, tokens, self.settings.seed, source=self._source
-            )
-            self._writer = Writer(self.base, moments, self.options)
-        written = self._writer.write(prepared, z, self._groups([one.fact for one in prepared]), past)
+        written = self._ready().write(prepared, z, self._groups([one.fact for one in prepared]), past)
         # As they will be kept, so that what was saved and what was not give the same weights.
         return replace(
             written,
@@ -303,6 +309,16 @@ class Edit(ChangedWeights):
             },
             keys={layer: keys.float() for layer, keys in written.keys.items()},
         )
+
+    def _ready(self) -> Writer:
+        """The writer, with the base's second moments; made once."""
+        if self._writer is None:
+            tokens = token_count(self.base, self.options.tokens, self._source)
+            moments = second_moments(
+                self.base, self.layers, self._texts, tokens, self.settings.seed, source=self._source
+            )
+            self._writer = Writer(self.base, moments, self.options)
+        return self._writer
 
     def _groups(self, facts: Sequence[Fact]) -> list[int]:
         if not self.options.merge:
@@ -336,6 +352,8 @@ class Edit(ChangedWeights):
         }
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        # What it was made with, not what is usual today; folders from before there were rounds had one.
+        self.options = EditOptions(**({"rounds": 1} | record["options"]))
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])
         self._source = record["source"]

@@ -29,6 +29,8 @@ Stop = Literal["fit", "loss", "argmax"]
 class TargetOptions:
     """How targets are sought (Meng et al. 2023, section 4.1 and appendix; the names are the published ones).
 
+    Lengths and the original distribution are those of the model at hand, whatever is written in it already.
+
     Attributes:
         steps: evaluations of the loss at most; there is one step of Adam less.
         lr: Adam's step size, times the hidden state's length over the root of d_model.

@@ -102,6 +102,10 @@ class Memory(Closed):
         for name in ("width", "epochs", "batch", "packings"):
             if getattr(self.options, name) < 1:
                 raise UsageError(f"--set memory.{name}={getattr(self.options, name)}: must be at least 1")
+        if self.options.keep:
+            if self.options.text == "ledger":
+                raise UsageError("--set memory.text=ledger: the ledger is what is learnt; use own or a text file")
+            ordinary_text(self.options.text, self.name)  # what is wrong with it is said before any work
         self.blocks = choose_blocks(self.options.blocks, len(base.parts.blocks))
         self.adapters = self._fresh()
         self.pieces: list[Piece] = []
@@ -170,11 +174,11 @@ class Memory(Closed):
         """
         options, seed = self.options, self.settings.seed
         self.adapters, self.pieces, self.losses = self._fresh(), [], []
+        self.ordinary = self._ordinary_rows() if options.keep else []
         several = [packed(self.base.tokenizer, pieces, n, frame, self._pack) for n in range(options.packings)]
         if not several[0]:
             return Trained(), (f"nothing to learn with memory.learn={options.learn}: the base model as it is",)
         upper = Upper(self.base, self.adapters, options.place)
-        self.ordinary = self._ordinary_rows() if options.keep else []
         still = self._keeping(upper, self._folder)
         orders = _Orders([len(rows) for rows in several], options.batch, options.epochs, seed)
         kept: dict[int, States] = {}
@@ -190,10 +194,10 @@ class Memory(Closed):
             found, _ = upper.loss([several[packing][n] for n in numbers], kept[packing].padded(numbers))
             return found.mean() + still(step)
 
+        made_with = asdict(options) | {"text": self.ordinary}
         mark = fingerprint(
-            self.base.hash, str(self.base.dtype), self.base.device.type, asdict(options), self.blocks, seed, several,
-            self.ordinary,
-        )  # fmt: skip
+            self.base.hash, str(self.base.dtype), self.base.device.type, made_with, self.blocks, seed, several
+        )
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         trained = train(
             self.adapters, loss, recipe, self._folder / f"{mark}.safetensors", scaled(progress, orders.steps, count)
@@ -246,13 +250,15 @@ class Memory(Closed):
         return list(text_rows(self.base, texts, _ORDINARY * self.base.parts.d_ff, self.settings.seed))
 
     def _keeping(self, upper: Upper, folder: Path) -> Callable[[int], Tensor]:
-        """What a step's loss has for moving what the base says about ordinary text: one row of it, by turns."""
+        """What a step's loss has for moving what the base says about ordinary text: a row of it, drawn by the step."""
         rows = [Row(tuple(ids), (False, *[True] * (len(ids) - 1))) for ids in self.ordinary if len(ids) > 1]
-        if not rows:
-            return lambda step: torch.zeros((), device=self.base.device)
-        states = self._states(folder, rows, upper.start)
+        states: States | None = None
 
         def still(step: int) -> Tensor:
+            nonlocal states
+            if not rows:
+                return torch.zeros((), device=self.base.device)
+            states = states or self._states(folder, rows, upper.start)
             n = self._drawn(step, rows)
             return self.options.keep * upper.drift([rows[n]], states.padded([n]))
 
@@ -375,7 +381,7 @@ class Memory(Closed):
             method.adapters.load_state_dict(state)
             method.pieces = [Piece.model_validate(row) for _, row in read_objects(path / _PIECES)]
             method.losses = [float(one) for one in record["losses"]]
-            method.ordinary = [list(map(int, ids)) for ids in record["ordinary"]]
+            method.ordinary = [list(map(int, ids)) for ids in record.get("ordinary", [])]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:
             raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
         return method
