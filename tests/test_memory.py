@@ -298,7 +298,11 @@ def test_what_is_kept_still_moves_less(base, tmp_path, monkeypatch):
     assert drift[10] < 0.5 * drift[0]
     # What is kept goes with the memory, for revisions to keep, too.
     method.save_pretrained(tmp_path / "kept")
+    text.unlink()
     assert Memory.from_pretrained(tmp_path / "kept", base).ordinary == method.ordinary != []
+    for bad in (text, "ledger"):
+        with ledger_of(tmp_path) as ledger, pytest.raises(UsageError, match="memory.text="):
+            memory(base, tmp_path, keep=1, text=bad).learn(ledger)
 
 
 def test_a_training_of_other_settings_is_not_gone_on_with(base, tmp_path):

@@ -36,7 +36,6 @@ _OPENINGS = (
     "The railway line runs", "The tree grows to a height of", "In computer science, an", "The party won the election",
     "The temple is dedicated to", "The mountain was first climbed", "The newspaper reported that",
     "The character first appears in", "The school has about",
-
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ Tick = Callable[[int], None]
 
 
 def scaled(tick: Tick, of: int, to: int) -> Tick:
-    """A tick that is told of ``of`` times as many steps in all as it passes on, times ``to``."""
+    """A tick that passes on ``to`` steps for every ``of`` steps that it is told of, in whole steps."""
     told = 0
 
     def scale(count: int) -> None:

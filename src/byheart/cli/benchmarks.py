@@ -305,13 +305,13 @@ def _edit_bench(
     for name in names:
         if name not in ("edit", *BASELINES):
             raise UsageError(f"--methods {name}: edits nothing; the unedited model is always scored beside the others")
+    show = Terminal()
+    _say_left_out(show, records)
     if not records.cases:
         raise DataError(f"--data {data}: holds no records that can be edited in")
     _check_text(text)
     cases = drawn(records.cases, limit, seed)
     sizes = _sizes(edits)
-    show = Terminal()
-    _say_left_out(show, records)
     model = load_base(base, device=device, dtype=dtype, say=show.say)
     rows, rest = _ordinary_rows(model, text, seed)
     plan, given = Plan(sizes, tuple(sets), texts, rows), _given_text(rest, out, ["edit", "rome"])

@@ -102,10 +102,6 @@ class Memory(Closed):
         for name in ("width", "epochs", "batch", "packings"):
             if getattr(self.options, name) < 1:
                 raise UsageError(f"--set memory.{name}={getattr(self.options, name)}: must be at least 1")
-        if self.options.keep:
-            if self.options.text == "ledger":
-                raise UsageError("--set memory.text=ledger: the ledger is what is learnt; use own or a text file")
-            ordinary_text(self.options.text, self.name)  # what is wrong with it is said before any work
         self.blocks = choose_blocks(self.options.blocks, len(base.parts.blocks))
         self.adapters = self._fresh()
         self.pieces: list[Piece] = []
@@ -119,6 +115,7 @@ class Memory(Closed):
         """Train on the ledger's pages, training questions and facts; ``progress`` is told of epochs' worth of pages."""
         super().learn(ledger)
         options = self.options
+        self._texts()  # what is wrong with them is said before any work
         pieces, self.skipped = to_learn(ledger, options.learn, self._asking(), options.wordings, dt.date.today())
         if options.study and options.learn != "temp":
             passages = list(segment(ledger.documents(), self.encoder.splitter, self.settings.segment))
@@ -174,7 +171,7 @@ class Memory(Closed):
         """
         options, seed = self.options, self.settings.seed
         self.adapters, self.pieces, self.losses = self._fresh(), [], []
-        self.ordinary = self._ordinary_rows() if options.keep else []
+        self.ordinary = self._ordinary_rows()
         several = [packed(self.base.tokenizer, pieces, n, frame, self._pack) for n in range(options.packings)]
         if not several[0]:
             return Trained(), (f"nothing to learn with memory.learn={options.learn}: the base model as it is",)
@@ -245,9 +242,18 @@ class Memory(Closed):
             recipe = Recipe(orders.steps, options.lr / 2, options.warmup, options.decay, options.clip)
             train(trained, loss, recipe, folder / "revision.safetensors")
 
+    def _texts(self) -> Sequence[str] | None:
+        """The ordinary text to keep still, as its file stands now; what was learnt before has its rows with it."""
+        if not self.options.keep:
+            return None
+        if self.options.text == "ledger":
+            raise UsageError("--set memory.text=ledger: the ledger is what is learnt; use own or a text file")
+        return ordinary_text(self.options.text, self.name)
+
     def _ordinary_rows(self) -> list[list[int]]:
-        texts = ordinary_text(self.options.text, self.name)
-        return list(text_rows(self.base, texts, _ORDINARY * self.base.parts.d_ff, self.settings.seed))
+        if not self.options.keep:
+            return []
+        return list(text_rows(self.base, self._texts(), _ORDINARY * self.base.parts.d_ff, self.settings.seed))
 
     def _keeping(self, upper: Upper, folder: Path) -> Callable[[int], Tensor]:
         """What a step's loss has for moving what the base says about ordinary text: a row of it, drawn by the step."""
