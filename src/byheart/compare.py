@@ -89,6 +89,8 @@ def compare(
     }
     answers: dict[str, list[Answer]] = {}
     for name, method in _made(methods, base, settings, out, run, show).items():
+        if estimate := method.estimate(ledger):
+            show.say(estimate)
         with show.bar(f"{name}: {method.learns}s", ledger.count(method.learns)) as tick:
             report = method.learn(ledger, tick)
         mark = fingerprint(

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.errors import DataError
+from byheart.kv import KV, length
 from byheart.padding import right_padded
 
 # Two sizes, since they pull apart: reading is bound by arithmetic and is fastest while a layer's activations stay in
@@ -25,10 +26,16 @@ CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A prompt to continue, and continuations to score behind it (written as they follow it, space included)."""
+    """A prompt to continue, and continuations to score behind it (written as they follow it, space included).
+
+    Attributes:
+        past: keys and values that the prompt stands behind, in the order of their positions; the prompt is then the
+            middle of a text, and gets no tokens of a beginning.
+    """
 
     prompt: str
     options: tuple[str, ...] = ()
+    past: tuple[KV, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,15 @@ class _Buffer(DynamicLayer):  # type: ignore[misc]
         other.cut(length)
         return other
 
+    def fill(self, rows: Sequence[Sequence[tuple[Tensor, Tensor]]], length: int) -> None:
+        """Write each row's stretches of keys and values so that they end at column ``length``."""
+        for n, stretches in enumerate(rows):
+            column = length
+            for key, value in reversed(stretches):
+                first = column - key.shape[1]
+                self._k[n, :, first:column], self._v[n, :, first:column] = key, value
+                column = first
+
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         length = self.keys.shape[-2]
@@ -148,7 +164,14 @@ def complete(
     """
     if not jobs:
         return []
-    prompts = [list(map(int, ids)) for ids in base.tokenizer([job.prompt for job in jobs])["input_ids"]]
+    if base.kind == "seq2seq" and any(job.past for job in jobs):
+        raise DataError(f"{base.name} is an encoder-decoder model; keys and values need a decoder-only one")
+    prompts: list[list[int]] = [[]] * len(jobs)
+    for beginning in (True, False):
+        places = [n for n, job in enumerate(jobs) if bool(job.past) != beginning]
+        found = base.tokenizer([jobs[n].prompt for n in places], add_special_tokens=beginning) if places else {}
+        for n, ids in zip(places, found.get("input_ids", ()), strict=True):
+            prompts[n] = list(map(int, ids))
     if base.kind == "seq2seq":
         work: _Causal | _Seq2Seq = _Seq2Seq(base, jobs, prompts, max_new_tokens, sampling, whole)
     else:
@@ -181,19 +204,24 @@ def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
-def option_ids(tokenizer: Any, prompt: str, prompt_ids: list[int], option: str) -> list[int]:
+def token_ids(tokenizer: Any, text: str, *, beginning: bool) -> list[int]:
+    """The tokens of a text; with what the tokeniser puts at the beginning of one where it is a beginning."""
+    return list(map(int, tokenizer(text, add_special_tokens=beginning)["input_ids"]))
+
+
+def option_ids(tokenizer: Any, prompt: str, prompt_ids: list[int], option: str, *, beginning: bool = True) -> list[int]:
     """The tokens of ``option`` as it follows ``prompt``.
 
     Tokenised together with the prompt, since some tokenisers strip a leading space or add a BOS to a text of its own;
     where the border between the two is no token border, by itself.
     """
-    together = list(map(int, tokenizer(prompt + option)["input_ids"]))
+    together = token_ids(tokenizer, prompt + option, beginning=beginning)
     eos = tokenizer.eos_token_id
     if together and together[-1] == eos and prompt_ids and prompt_ids[-1] == eos:
         together, prompt_ids = together[:-1], prompt_ids[:-1]
     if together[: len(prompt_ids)] == prompt_ids and len(together) > len(prompt_ids):
         return together[len(prompt_ids) :]
-    return list(map(int, tokenizer(option, add_special_tokens=False)["input_ids"]))
+    return token_ids(tokenizer, option, beginning=False)
 
 
 _Scored = tuple[float, float]  # an option's mean log-probability, and the share of its tokens that are the likeliest
@@ -208,6 +236,7 @@ class _Work:
         sampling: Sampling | None, whole: bool,
     ) -> None:  # fmt: skip
         self.base, self.prompts, self.max_new = base, prompts, max_new_tokens
+        self.pasts = [job.past for job in jobs]
         self.sampling, self.whole = sampling, whole
         self.luck = (
             torch.rand(len(jobs), max_new_tokens, generator=torch.Generator().manual_seed(sampling.seed))
@@ -216,7 +245,7 @@ class _Work:
         )
         self.shared_seconds = 0.0
         self.options = [
-            [option_ids(base.tokenizer, job.prompt, ids, option) for option in job.options]
+            [option_ids(base.tokenizer, job.prompt, ids, option, beginning=not job.past) for option in job.options]
             for job, ids in zip(jobs, prompts, strict=True)
         ]
         self.kind = base.device.type if base.device.type in READ_TOKENS else "cuda"
@@ -308,13 +337,15 @@ class _Work:
 
 
 class _Causal(_Work):
-    """Decoder-only models: [shared beginning][padding][rest of the prompt][option or answer] in one cache."""
+    """Decoder-only models: [shared beginning or past][padding][rest of the prompt][option or answer] in one cache."""
 
     def start(self) -> None:
         """Read what all prompts begin with, once."""
         began = time.perf_counter()
         # A sliding window counts columns, and the padding behind a shared beginning would use it up.
-        self.shared = 0 if slides(self.base.model.config) else _common_length(self.prompts)
+        self.slides = slides(self.base.model.config)
+        self.shared = 0 if self.slides or any(self.pasts) else _common_length(self.prompts)
+        self.longest_past = max(map(length, self.pasts))
         # Shapes come from a real forward, never from the configuration: where nothing is shared, of one token.
         ids = torch.tensor([self.prompts[0][: max(self.shared, 1)]], device=self.base.device)
         layers = [_Buffer(ids.shape[1]) for _ in self.base.parts.blocks]
@@ -328,34 +359,46 @@ class _Causal(_Work):
 
     def fits(self, rows: int, longest: int) -> bool:
         """Whether so many rows with prompts up to ``longest`` may be one batch."""
-        columns = longest + self.max_new
+        if self.slides and self.longest_past:
+            return rows <= 1  # padding between a past and its prompt would use the window up
+        columns = self.longest_past + longest + self.max_new
         return rows <= WRITE_ROWS[self.kind] and rows * columns * self.column_bytes <= CACHE_BYTES[self.kind]
 
     def batch(self, rows: Sequence[int]) -> list[_Result]:
         """Read, score and continue the prompts of ``rows``, longest first."""
-        shared, device = self.shared, self.base.device
-        rest = [self.prompts[row][shared:] for row in rows]
-        width = len(rest[0])
-        capacity = shared + width + max(self.max_new, self.longest_option(rows))
+        device, pasts = self.base.device, [self.pasts[row] for row in rows]
+        rest = [self.prompts[row][self.shared :] for row in rows]
+        behind = [self.shared + length(past) for past in pasts]  # columns that each row's rest stands behind
+        before, width = max(behind), len(rest[0])
+        capacity = before + width + max(self.max_new, self.longest_option(rows))
         cache = Cache(layers=[layer.repeated(len(rows), capacity) for layer in self.layers])
-        mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rest], device=device)
-        ends = torch.tensor([shared + len(r) for r in rest], device=device)
+        for number, layer in enumerate(cache.layers):
+            layer.fill([[(one.keys[number], one.values[number]) for one in past] for past in pasts], before)
+        mask = torch.tensor(
+            [
+                [0] * (before - b) + [1] * b + [0] * (width - len(r)) + [1] * len(r)
+                for b, r in zip(behind, rest, strict=True)
+            ],
+            device=device,
+        )
+        starts = [past[-1].end if past else self.shared for past in pasts]
+        ends = torch.tensor([start + len(r) for start, r in zip(starts, rest, strict=True)], device=device)
         read = []
         for part in batches([len(r) for r in rest], lambda count, longest: count * longest <= READ_TOKENS[self.kind]):
             here, wide = slice(part[0], part[-1] + 1), len(rest[part[0]])
             ids = torch.tensor([[0] * (wide - len(rest[n])) + rest[n] for n in part], device=device)
             places = (torch.arange(wide, device=device)[None] - wide + ends[here, None]).clamp(min=0)
-            memory = Cache(layers=[layer.part(here, shared + width - wide) for layer in cache.layers])
+            memory = Cache(layers=[layer.part(here, before + width - wide) for layer in cache.layers])
             read.append(self._forward(ids, mask[here], places, memory)[:, -1])
         for layer in cache.layers:
-            layer.cut(shared + width)
+            layer.cut(before + width)
         logits = torch.cat(read)
 
         def peek(option: Tensor, option_mask: Tensor) -> Tensor:
             after = torch.arange(option.shape[1], device=device)[None] + ends[:, None]
             out = self._forward(option, torch.cat([mask, option_mask], 1), after, cache, last=False)
             for layer in cache.layers:
-                layer.cut(shared + width)
+                layer.cut(before + width)
             return out
 
         scores = self.score(rows, logits, peek)
@@ -475,7 +518,7 @@ def _check_lengths(base: Base, work: _Work) -> None:
     if base.kind == "seq2seq":
         return
     limit = getattr(base.model.config, "max_position_embeddings", None)
-    longest = max(len(ids) for ids in work.prompts)
+    longest = max(len(ids) + (past[-1].end if past else 0) for ids, past in zip(work.prompts, work.pasts, strict=True))
     needed = longest + max(work.max_new, work.longest_option(range(len(work.prompts))))
     if limit is not None and needed > limit:
         raise DataError(

@@ -22,6 +22,7 @@ _EXAMPLE_WORDS = 4
 # this many times as many examples as needed the shortest are kept.
 _EXAMPLE_SEGMENT = "64/32"
 _EXAMPLE_POOL = 8
+_BETWEEN = "\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,12 @@ class PromptFormat:
             # Where training questions are asked, to choose settings, none may be shown with its answer.
             if normalize(e.question) != normalize(question)
         ]
-        text = "\n\n".join([*shown, _turn(question, passages, choices)])
+        text = _BETWEEN.join([*shown, _turn(question, passages, choices)])
         if not self._chat:
             return text
+        return self._templated(text)
+
+    def _templated(self, text: str) -> str:
         turn = [{"role": "user", "content": text}]
         prompt = str(self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
         # Many templates write the BOS that the tokeniser adds again.
@@ -92,19 +96,45 @@ class PromptFormat:
         adds_bos = bos and self._tokenizer("a")["input_ids"][0] == self._tokenizer.bos_token_id
         return prompt.removeprefix(bos) if adds_bos else prompt
 
+    def pieces(
+        self, question: str, passages: Sequence[Passage], choices: Sequence[str] | None = None
+    ) -> tuple[str, list[str], str]:
+        """A prompt in three pieces: what stands before any passage, each passage, what asks.
+
+        The first two do not depend on the question, so that what a model makes of them can be kept. Hence the passage
+        stands before its question only, in the examples too, and these are the same for every question.
+        """
+        head = "".join(
+            ("" if e.passage is None else _BETWEEN + _shown(e.passage)) + f"{_BETWEEN}{_asked(e.question)} {e.answer}"
+            for e in self.examples
+        ).removeprefix(_BETWEEN)
+        blocks = [_BETWEEN + _shown(passage) for passage in passages]
+        tail = _BETWEEN + _asked(question, choices)
+        if not self._chat:
+            return head, blocks, tail
+        before, found, after = self._templated(text := head + "".join(blocks) + tail).partition(text)
+        if not found:
+            raise UsageError("--chat: the model's chat template does not keep a text as it is")
+        return before + head, blocks, tail + after
+
     def continuation(self, answer: str) -> str:
         """An answer as it would follow the prompt."""
         return answer if self._chat else f" {answer}"
 
 
 def _turn(question: str, passages: Sequence[Passage] | None, choices: Sequence[str] | None = None) -> str:
-    asked = f"Question: {as_sentence(question)}"
-    blocks = [f"Title: {p.title}\nText: {p.text}" if p.title else f"Text: {p.text}" for p in passages or ()]
+    blocks = _BETWEEN.join(map(_shown, passages or ()))
     # A small model reads a passage better when it knows what for: the question stands before and behind it.
-    lines = [asked, "\n\n".join(blocks), asked] if blocks else [asked]
-    if choices:
-        lines.append(f"Options: {'; '.join(choices)}")
-    return "\n".join([*lines, "Answer:"])
+    return "\n".join([*([f"Question: {as_sentence(question)}", blocks] if blocks else ()), _asked(question, choices)])
+
+
+def _shown(passage: Passage) -> str:
+    return f"Title: {passage.title}\nText: {passage.text}" if passage.title else f"Text: {passage.text}"
+
+
+def _asked(question: str, choices: Sequence[str] | None = None) -> str:
+    lines = [f"Question: {as_sentence(question)}", *([f"Options: {'; '.join(choices)}"] if choices else ()), "Answer:"]
+    return "\n".join(lines)
 
 
 def as_sentence(question: str) -> str:

@@ -80,6 +80,8 @@ def _learn(
         learner = cls(
             load_base(base, device=device, dtype=dtype, say=show.say), settings, out.parent / f".{out.name}.work"
         )
+        if estimate := learner.estimate(opened):
+            show.say(estimate)
         with show.bar(f"{method}: {learner.learns}s", opened.count(learner.learns)) as tick:
             report = learner.learn(opened, tick)
         learner.save_pretrained(out)

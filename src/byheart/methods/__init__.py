@@ -15,6 +15,7 @@ METHODS = {
     "gold": "byheart.methods.controls:Gold",
     "shuffled": "byheart.methods.controls:Shuffled",
     "memory": "byheart.methods.memory.method:Memory",
+    "prefix": "byheart.methods.prefix.method:Prefix",
     "edit": "byheart.methods.edit.method:Edit",
     "ft": "byheart.methods.edit.baselines:FineTuned",
     "ft-w": "byheart.methods.edit.baselines:DecayedFineTuned",

@@ -153,6 +153,14 @@ class Method(Protocol):
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None: ...
 
+    def estimate(self, ledger: Ledger) -> str | None:
+        """What learning will put on disk, in a sentence; None where that is little.
+
+        Raises:
+            DataError: where it would fill the disk.
+        """
+        ...
+
     def learn(self, ledger: Ledger, progress: Progress = ...) -> LearnReport:
         """Take in the ledger: index, train or solve; ``progress`` is told how many documents or facts got done."""
         ...

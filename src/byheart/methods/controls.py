@@ -46,6 +46,10 @@ class _Control:
         )
         self.form = PromptFormat(base.tokenizer, chat=settings.chat)
 
+    def estimate(self, ledger: Ledger) -> str | None:
+        """Nothing worth a word."""
+        return None
+
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Draw the examples; nothing is written into the model."""
         chosen = choose_examples(ledger, self.settings.shots, self.settings.seed, self.encoder.splitter)
@@ -64,19 +68,19 @@ class _Control:
         """Answers in the questions' order."""
         given = self.passages(questions)
         kept = [n for n, passages in enumerate(given) if not isinstance(passages, str)]
-        found = read(
-            self.base,
-            self.form,
-            [questions[n] for n in kept],
-            [given[n] for n in kept],  # type: ignore[misc]
-            max_new_tokens=self.settings.max_new_tokens,
-            progress=progress,
-        )
+        found = self.read([questions[n] for n in kept], [given[n] for n in kept], progress)  # type: ignore[misc]
         answers = dict(zip(kept, found, strict=True))
         return [
             answers.get(n) or Answer(question=question.id, skipped=str(given[n]))
             for n, question in enumerate(questions)
         ]
+
+    def read(
+        self, questions: Sequence[Question], passages: Sequence[Sequence[Passage] | None], progress: Progress
+    ) -> list[Answer]:
+        """Answers from the given passages, in the prompt."""
+        new = self.settings.max_new_tokens
+        return read(self.base, self.form, questions, passages, max_new_tokens=new, progress=progress)
 
     def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str | None]:
         """What the prompt shows for each question: passages, None (closed book), or why the question is skipped."""

@@ -26,12 +26,28 @@ def read(
 ) -> list[Answer]:
     """Ask the model each question with its passages (None: closed book), and score its choices or first answer."""
     jobs = [
-        Job(
-            form.prompt(question.question, given, question.choices),
-            tuple(form.continuation(text) for text in question.choices or question.answers[:1]),
-        )
+        Job(form.prompt(question.question, given, question.choices), options_of(form, question))
         for question, given in zip(questions, passages, strict=True)
     ]
+    return ask(base, form, questions, passages, jobs, max_new_tokens=max_new_tokens, progress=progress)
+
+
+def options_of(form: PromptFormat, question: Question) -> tuple[str, ...]:
+    """What is scored behind a question's prompt: its choices, or its first answer."""
+    return tuple(form.continuation(text) for text in question.choices or question.answers[:1])
+
+
+def ask(
+    base: Base,
+    form: PromptFormat,
+    questions: Sequence[Question],
+    passages: Sequence[Sequence[Passage] | None],
+    jobs: Sequence[Job],
+    *,
+    max_new_tokens: int,
+    progress: Progress = lambda count: None,
+) -> list[Answer]:
+    """The same with the jobs made elsewhere, one a question."""
     completions = complete(base, jobs, max_new_tokens=max_new_tokens, on_done=progress)
     without = _likelihood_without_question(base, form, questions)
     return [

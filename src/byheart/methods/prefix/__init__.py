@@ -1,0 +1,1 @@
+"""Retrieved documents as keys and values of a frozen model."""

@@ -1,0 +1,93 @@
+"""Keys and values of passages on disk: a file a passage, whole or in eight bits."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from byheart.errors import DataError
+from byheart.kv import KV
+from byheart.storage import fingerprint, replacing
+
+Precision = Literal["model", "int8"]
+# Left free on a disk, whatever is asked for.
+_RESERVE = 1 << 30
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of passages' keys and values.
+
+    Attributes:
+        folder: where they are.
+        precision: ``model`` (as the model computes them) or ``int8`` (a scale for each head's channel in keys, whose
+            channels differ much in size, and for each column in values).
+    """
+
+    folder: Path
+    precision: Precision = "model"
+
+    def path(self, *marks: str) -> Path:
+        """The file of one passage, by all that its keys and values depend on."""
+        name = fingerprint(self.precision, *marks)
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def put(self, path: Path, kv: KV) -> None:
+        """Write by rename."""
+        kept: dict[str, Tensor] = {}
+        for number, (key, value) in enumerate(zip(kv.keys, kv.values, strict=True)):
+            kept |= _packed(f"k{number}", key, 1, self.precision) | _packed(f"v{number}", value, 2, self.precision)
+        with replacing(path) as temporary:
+            save_file(kept, temporary, {"start": str(kv.start), "end": str(kv.end), "layers": str(len(kv.keys))})
+
+    def get(self, path: Path, like: Tensor) -> KV | None:
+        """What was put there, on the device and in the type of ``like``; None where nothing whole is."""
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata()
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        except (OSError, SafetensorError):
+            return None
+        layers = range(int(about["layers"]))
+        return KV(
+            tuple(_unpacked(f"k{number}", found, like) for number in layers),
+            tuple(_unpacked(f"v{number}", found, like) for number in layers),
+            int(about["start"]),
+            int(about["end"]),
+        )
+
+    def check_room(self, needed: int) -> None:
+        """See that so many bytes find room.
+
+        Raises:
+            DataError: where they would fill the disk.
+        """
+        place = next(one for one in (self.folder, *self.folder.parents) if one.exists())
+        free = shutil.disk_usage(place).free - _RESERVE
+        if needed > free:
+            raise DataError(
+                f"prefix.store=disk: needs {needed / _GIB:.1f} GiB under {self.folder}, where "
+                f"{max(free, 0) / _GIB:.1f} GiB may be filled; use prefix.precision=int8 or prefix.store=none"
+            )
+
+
+def _packed(name: str, tensor: Tensor, along: int, precision: Precision) -> dict[str, Tensor]:
+    """``tensor`` (heads, n, head_dim), or whole numbers and a scale for each slice along dimension ``along``."""
+    tensor = tensor.detach().cpu().contiguous()
+    if precision == "model":
+        return {name: tensor}
+    scale = tensor.float().abs().amax(along, keepdim=True).clamp(min=1e-12) / 127
+    return {name: (tensor.float() / scale).round().to(torch.int8), f"{name}.scale": scale}
+
+
+def _unpacked(name: str, found: dict[str, Tensor], like: Tensor) -> Tensor:
+    scale = found.get(f"{name}.scale")
+    return found[name].to(like) if scale is None else (found[name].float() * scale).to(like)

@@ -1,0 +1,262 @@
+"""Keys and values: read, moved, put behind each other, kept on disk, and answered from."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from byheart import kv
+from byheart.base import make_base
+from byheart.decode import Job, complete
+from byheart.errors import DataError, UsageError
+from byheart.ledger import Ledger
+from byheart.methods import Settings
+from byheart.methods.prefix import method as module
+from byheart.methods.prefix.blend import blended
+from byheart.methods.prefix.method import Prefix
+from byheart.methods.prefix.store import Store
+from byheart.prompt import PromptFormat
+from byheart.rows import Document, Question
+from conftest import FAMILIES, tiny_model
+
+DECODERS = [name for name in FAMILIES if name != "t5"]
+ROTARY = ["gpt_neox", "llama", "mistral", "qwen3", "gemma3_text", "phi"]
+TEXTS = ["Ostrand Quay lies on the Tessary Coast", "Its lamp was lit", "and the harbour of Vell holds nine boats"]
+ASKED = ["Who lit the lamp?", "How many boats does the harbour hold?", "Where?"]
+
+
+def ids_of(base, text):
+    return base.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def close(a, b, by=2e-5):
+    return float((a - b).abs().max()) <= by * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_behind_kept_keys_and_values_a_prompt_reads_as_in_one_go(tiny, family):
+    base = tiny(family)
+    kv.check(base)
+    # Pasts and prompts of different length in one batch, so that both kinds of padding are there.
+    pasts = [kv.read(base, [ids_of(base, text)])[0] for text in TEXTS]
+    behind = complete(
+        base,
+        [Job(asked, (" nine boats", " Vell"), (past,)) for asked, past in zip(ASKED, pasts, strict=True)],
+        max_new_tokens=4,
+    )
+    whole = [ids_of(base, text) + ids_of(base, asked) for text, asked in zip(TEXTS, ASKED, strict=True)]
+    for ids, asked, found in zip(whole, ASKED, behind, strict=True):
+        with torch.no_grad():
+            for option, mean in zip((" nine boats", " Vell"), found.options, strict=True):
+                more = ids_of(base, asked + option)[len(ids_of(base, asked)) :]
+                logits = base.model(input_ids=torch.tensor([ids + more])).logits[0, len(ids) - 1 : -1]
+                expected = logits.log_softmax(-1).gather(1, torch.tensor(more)[:, None]).mean()
+                assert abs(float(expected) - mean) < 1e-4
+        assert found.prompt_tokens == len(ids_of(base, asked))
+
+
+@pytest.mark.parametrize("family", ROTARY)
+def test_moved_keys_are_those_of_a_fresh_reading(tiny, family):
+    base = tiny(family)
+    rotation = kv.check(base)
+    assert rotation is not None
+    row = [ids_of(base, TEXTS[0])]
+    here, there = (kv.read(base, row, start=start)[0] for start in (3, 41))
+    for moved, fresh in ((rotation.moved(here, 41), there), (rotation.moved(there, 3), here)):
+        assert (moved.start, moved.end) == (fresh.start, fresh.end)
+        assert all(close(a, b) for a, b in zip(moved.keys, fresh.keys, strict=True))
+        assert all(close(a, b) for a, b in zip(moved.values, fresh.values, strict=True))
+    assert not all(close(a, b) for a, b in zip(here.keys, there.keys, strict=True))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "opt"])
+def test_what_cannot_be_moved_is_not(tiny, family, tmp_path):
+    base = tiny(family)
+    assert kv.check(base) is None
+    blocks = kv.read(base, [ids_of(base, text) for text in TEXTS[:2]])
+    with pytest.raises(DataError, match="cannot be moved"):
+        kv.placed(blocks, 0, None)
+    with pytest.raises(DataError, match="use --k 1"):
+        Prefix(base, Settings(k=2), tmp_path)
+    Prefix(base, Settings(k=1), tmp_path)
+
+
+def test_a_model_that_fails_its_test_is_refused(tokenizer, tmp_path, monkeypatch):
+    model = tiny_model("llama", len(tokenizer))
+    base = make_base("odd", model, tokenizer)
+    attention = base.parts.blocks[1].attention
+    # Looks at how much it was handed: not the same behind a cache.
+    handle = attention.register_forward_hook(lambda m, args, out: (out[0] * out[0].shape[1], *out[1:]))
+    with pytest.raises(DataError, match="prefix: odd: reads otherwise"):
+        Prefix(base, Settings(), tmp_path)
+    handle.remove()
+    # Keys that are not where they should be are found out, and nothing is moved then.
+    monkeypatch.setattr(kv, "_turned", lambda key, cos, sin: key)
+    assert kv.check(base) is None
+
+
+def test_blocks_see_the_head_and_not_each_other(tiny):
+    base = tiny("llama")
+    head = kv.read(base, [ids_of(base, TEXTS[0])])[0]
+    alone = [kv.read(base, [ids_of(base, text)], head)[0] for text in TEXTS[1:]]
+    together = kv.read(base, [ids_of(base, text) for text in TEXTS[1:]], head)
+    for a, b in zip(alone, together, strict=True):
+        assert (a.start, a.end, a.columns) == (b.start, b.end, b.columns)
+        assert all(close(x, y) for x, y in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True))
+    first, second = kv.placed(together, head.end, kv.check(base))
+    assert second.start == first.end == head.end + first.columns
+    # The first stands where the same text stands in one go.
+    whole = kv.read(base, [ids_of(base, TEXTS[0]) + ids_of(base, TEXTS[1])])[0]
+    both = kv.joined([head, first])
+    assert all(close(a, b) for a, b in zip(both.keys, whole.keys, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_all_tokens_blended_are_a_reading_in_one_go(tiny, family):
+    base = tiny(family)
+    rows = [ids_of(base, text) for text in TEXTS]
+    for head in (None, kv.read(base, [ids_of(base, ASKED[0])])[0]):
+        start = 0 if head is None else head.end
+        blocks = kv.placed(kv.read(base, rows, head), start, kv.check(base))
+        whole = kv.read(base, [[one for row in rows for one in row]], head)[0]
+        first = len(rows[0])
+
+        def off(found, whole=whole):
+            return sum(float(((a - b) ** 2).sum()) for a, b in zip(found.keys, whole.keys, strict=True))
+
+        none, some, all_of_it = (blended(base, head, blocks, rows, share) for share in (0.0, 0.4, 1.0))
+        assert close(torch.stack(all_of_it.keys), torch.stack(whole.keys))
+        assert close(torch.stack(all_of_it.values), torch.stack(whole.values))
+        assert 0 < off(some) < off(none)
+        assert all(torch.equal(a[:, :first], b[:, :first]) for a, b in zip(some.keys, none.keys, strict=True))
+
+
+def test_a_store_gives_back_what_was_put(tiny, tmp_path):
+    base = tiny("qwen3")
+    one = kv.read(base, [ids_of(base, TEXTS[0])])[0]
+    like = one.keys[0]
+    for precision, by in (("model", 0.0), ("int8", 0.01)):
+        store = Store(tmp_path, precision)
+        path = store.path("a", "b")
+        assert store.get(path, like) is None
+        store.put(path, one)
+        found = store.get(path, like)
+        assert (found.start, found.end) == (one.start, one.end)
+        for a, b in zip((*found.keys, *found.values), (*one.keys, *one.values), strict=True):
+            assert float((a - b).abs().max()) <= by * float(b.abs().max())
+    assert len({tuple(sorted(load_file(p))) for p in tmp_path.rglob("*.safetensors")}) == 2
+    path.write_bytes(path.read_bytes()[:100])
+    assert store.get(path, like) is None
+    with pytest.raises(DataError, match="GiB may be filled"):
+        store.check_room(shutil.disk_usage(tmp_path).total * 2)
+
+
+@pytest.fixture
+def small(tmp_path):
+    ledger = Ledger(tmp_path / "small.db", create=True)
+    documents = [Document(id=f"d{n}", title=f"Title {n}", text=text) for n, text in enumerate(TEXTS)]
+    asked = [Question(id=f"q{n}", question=text, answers=["Vell"]) for n, text in enumerate(ASKED)]
+    ledger.insert([*documents, *asked])
+    return ledger
+
+
+def asked_of(method):
+    with method.attached():
+        return method.answer([Question(id=f"q{n}", question=text, answers=["Vell"]) for n, text in enumerate(ASKED)])
+
+
+def test_one_passage_answers_as_the_same_text_in_the_prompt(tiny, small, tmp_path):
+    base = tiny("llama")
+    method = Prefix(base, Settings(shots=3), tmp_path)
+    method.learn(small)
+    for answer in asked_of(method):
+        question = ASKED[int(answer.question[1:])]
+        head, blocks, tail = method.form.pieces(question, answer.evidence)
+        assert len(blocks) == 1
+        (plain,) = complete(base, [Job(head + blocks[0] + tail, (" Vell",))], max_new_tokens=24)
+        assert answer.text == plain.text and answer.reference == pytest.approx(plain.options[0], abs=1e-4)
+        assert answer.prompt_tokens < plain.prompt_tokens / 4
+
+
+def test_what_is_on_disk_answers_alike_and_follows_the_ledger(tiny, small, tmp_path, monkeypatch):
+    base = tiny("llama")
+    fresh = Prefix(base, Settings(k=2), tmp_path / "fresh")
+    kept = Prefix(base, Settings(k=2, options={"prefix.store": "disk"}), tmp_path / "kept")
+    assert fresh.estimate(small) is None and "3 passages" in kept.estimate(small)
+    fresh.learn(small)
+    report = kept.learn(small)
+    assert report.bytes > fresh.learn(small).bytes and "a passage on disk" in report.notes[0]
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept" / "prefix").rglob("*.safetensors")}
+    assert len(files) == 3
+    kept.learn(small)
+    assert files == {path: path.stat().st_mtime_ns for path in files}  # nothing is read again
+
+    def plain(answers):
+        return [(a.text, a.evidence, pytest.approx(a.reference, abs=1e-6)) for a in answers]
+
+    # What is on disk is used: while asking, only the other one reads its head and the passages.
+    calls = []
+    original = kv.read
+    monkeypatch.setattr(
+        module.kv, "read", lambda base, rows, *a, **b: calls.append(rows) or original(base, rows, *a, **b)
+    )
+    assert plain(asked_of(fresh)) == plain(asked_of(kept))
+    assert len(calls) == 2
+    small.revise(Document(id="d1", title="Title 1", text="Its lamp was lit by Anna Kestle, who lived in Vell"))
+    *_, changed = small.history()
+    for method in (fresh, kept):
+        method.revise(changed)
+    now = set((tmp_path / "kept" / "prefix").rglob("*.safetensors"))
+    assert len(now) == 3 and len(now & set(files)) == 2
+    assert plain(asked_of(fresh)) == plain(asked_of(kept))
+    kept.save_pretrained(tmp_path / "saved")
+    again = Prefix.from_pretrained(tmp_path / "saved", base)
+    calls.clear()
+    assert plain(asked_of(again)) == plain(asked_of(kept))
+    assert {len(rows) for rows in calls} == {1}  # the self-test and the head
+
+
+def test_blending_and_bad_options(tiny, small, tmp_path, monkeypatch):
+    base = tiny("llama")
+    answers = {}
+    for share in ("0", "1"):
+        method = Prefix(base, Settings(k=3, shots=1, options={"prefix.blend": share}), tmp_path / share)
+        method.learn(small)
+        answers[share] = asked_of(method)
+    for answer in answers["1"]:
+        head, blocks, tail = method.form.pieces(ASKED[int(answer.question[1:])], answer.evidence)
+        (plain,) = complete(base, [Job(head + "".join(blocks) + tail, (" Vell",))], max_new_tokens=0)
+        assert answer.reference == pytest.approx(plain.options[0], abs=1e-4)
+    assert [a.reference for a in answers["0"]] != [a.reference for a in answers["1"]]
+    with pytest.raises(UsageError, match="at most 1"):
+        Prefix(base, Settings(options={"prefix.blend": "1.5"}), tmp_path)
+    with pytest.raises(DataError, match="sliding windows"):
+        blended(tiny("mistral"), None, [], [], 0.5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
+    full = Prefix(base, Settings(options={"prefix.store": "disk"}), tmp_path / "full")
+    for work in (full.estimate, full.learn):
+        with pytest.raises(DataError, match="GiB may be filled"):
+            work(small)
+    assert not list(tmp_path.joinpath("full").rglob("prefix/**/*.safetensors"))
+
+
+def test_an_example_is_not_asked(tiny, small, tmp_path):
+    small.insert([Question(id="t", question=ASKED[0], answers=["Vell"], documents=["d2"], split="train")])
+    method = Prefix(tiny("llama"), Settings(shots=1), tmp_path)
+    method.learn(small)
+    assert [bool(a.skipped) for a in asked_of(method)] == [True, False, False]
+
+
+def test_a_chat_template_stands_around_the_pieces(tokenizer):
+    tokenizer.chat_template = "<u>{{ messages[0]['content'] }}</u><a>"
+    try:
+        head, _, tail = PromptFormat(tokenizer, chat=True).pieces("who", ())
+        assert head == "<u>" and tail.endswith("Answer:</u><a>")
+        tokenizer.chat_template = "<u>{{ messages[0]['content'] | upper }}</u><a>"
+        with pytest.raises(UsageError, match="--chat"):
+            PromptFormat(tokenizer, chat=True).pieces("who", ())
+    finally:
+        tokenizer.chat_template = None
