@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.methods import Settings
 from byheart.methods.prefix import method as module
+from byheart.methods.prefix import slots
 from byheart.methods.prefix.blend import blended
 from byheart.methods.prefix.method import Prefix
 from byheart.methods.prefix.store import Store
@@ -241,6 +243,81 @@ def test_blending_and_bad_options(tiny, small, tmp_path, monkeypatch):
         with pytest.raises(DataError, match="GiB may be filled"):
             work(small)
     assert not list(tmp_path.joinpath("full").rglob("prefix/**/*.safetensors"))
+
+
+def test_learnt_columns_answer_better_and_are_kept(tiny, small, tmp_path):
+    base = tiny("llama")
+    wanted = [("Who lit the lamp of the quay?", "lamp", "d1"), ("What holds nine boats?", "harbour", "d2")]
+    small.insert(
+        Question(id=f"t{n}", question=text, answers=["missing", answer], documents=[document], split="train")
+        for n, (text, answer, document) in enumerate(wanted)
+    )
+    small.insert(
+        [
+            Question(id="t2", question="What is nowhere?", answers=["nothing"], documents=["d0"], split="train"),
+            Question(id="t3", question="Whose is it?", answers=["Vell"], split="train"),
+        ]
+    )
+    options = {"prefix.slots": "8", "prefix.epochs": "60", "prefix.batch": "2", "prefix.lr": "0.3"}
+    method = Prefix(base, Settings(shots=0, options=options), tmp_path / "work")
+    told = []
+    report = method.learn(small, told.append)
+    assert report.skipped == {"no passage holds its answer": 1, "names no document": 1}
+    assert sum(told) == 3 and "2 training questions, 60 steps" in report.notes[0]
+    first, last = (float(word) for word in re.findall(r"\d+\.\d+", report.notes[0]))
+    assert last < 0.9 * first
+    assert not list((tmp_path / "work").rglob("prefix/**/*.safetensors"))  # none was to be kept
+
+    def learnt(method):
+        asked = [Question(id=f"t{n}", question=text, answers=[answer]) for n, (text, answer, _) in enumerate(wanted)]
+        return method.answer(asked)
+
+    plain = Prefix(base, Settings(shots=0), tmp_path / "plain")
+    plain.learn(small)
+    now, before = learnt(method), learnt(plain)
+    assert all(a.reference > b.reference + 0.3 for a, b in zip(now, before, strict=True))
+    method.save_pretrained(tmp_path / "saved")
+    again = learnt(Prefix.from_pretrained(tmp_path / "saved", base))
+    assert [(a.text, a.reference) for a in again] == [(a.text, a.reference) for a in now]
+    # A run that finds its training done gives the same columns.
+    once_more = Prefix(base, Settings(shots=0, options=options), tmp_path / "work")
+    once_more.learn(small)
+    assert all(torch.equal(a, b) for a, b in zip(once_more.slots.parameters(), method.slots.parameters(), strict=True))
+    (tmp_path / "saved" / "slots.safetensors").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="not what byheart writes there"):
+        Prefix.from_pretrained(tmp_path / "saved", base)
+    with pytest.raises(UsageError, match=r"prefix\.batch=0"):
+        Prefix(base, Settings(options={"prefix.batch": "0"}), tmp_path)
+
+
+def test_slots_without_a_lesson_are_refused(tiny, small, tmp_path):
+    with pytest.raises(DataError, match=r"prefix\.slots: the ledger has no training question"):
+        Prefix(tiny("llama"), Settings(options={"prefix.slots": "4"}), tmp_path).learn(small)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_answer_loss_is_that_of_one_row_at_a_time(tiny, family):
+    base = tiny(family)
+    head = kv.read(base, [ids_of(base, ASKED[2])])[0]
+    columns = slots.Slots(slots.chosen_columns(kv.read(base, [ids_of(base, TEXTS[0])])[0], 3))
+    pasts = kv.read(base, [ids_of(base, text) for text in TEXTS[1:]], head)
+    given = list(zip(pasts, ASKED[:2], (" nine boats", " Vell"), strict=True))
+    samples = [
+        slots.Sample((head, past), tuple(ids_of(base, asked)), tuple(ids_of(base, answer)))
+        for past, asked, answer in given
+    ]
+    together, _ = slots.answer_loss(base, columns, samples)
+    alone = torch.cat([slots.answer_loss(base, columns, [sample])[0] for sample in samples])
+    assert close(together, alone, 1e-4)
+    # And it is what answering scores.
+    jobs = [Job(asked, (answer,), (columns.kv(base.dtype), head, past)) for past, asked, answer in given]
+    done = complete(base, jobs, max_new_tokens=0)
+    sizes = [len(sample.answer) for sample in samples]
+    for mean, part in zip(done, together.split(sizes), strict=True):
+        assert -mean.options[0] == pytest.approx(float(part.mean()), abs=1e-4)
+    together.mean().backward()
+    # Layers with a sliding window do not see that far.
+    assert (any if family == "gemma3_text" else all)(float(one.grad.abs().max()) > 0 for one in columns.values)
 
 
 def test_an_example_is_not_asked(tiny, small, tmp_path):

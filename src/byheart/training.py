@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,34 @@ class Recipe:
         warm = min(1.0, (step + 1) / max(self.warmup, 1))
         past = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
+
+
+class Orders:
+    """Which rows each step sees: every epoch all of one packing, in an order that only its number and the seed give.
+
+    Attributes:
+        steps: how many there are.
+    """
+
+    def __init__(self, sizes: Sequence[int], batch: int, epochs: int, seed: int) -> None:
+        """Take the number of rows of each packing; they take turns, an epoch each."""
+        self._plan = [
+            (epoch % len(sizes), start, epoch)
+            for epoch in range(epochs)
+            for start in range(0, sizes[epoch % len(sizes)], batch)
+        ]
+        self.steps = len(self._plan)
+        self._sizes, self._batch, self._seed = sizes, batch, seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def batch(self, step: int) -> tuple[int, list[int]]:
+        """The packing and the rows of one step."""
+        packing, start, epoch = self._plan[step]
+        if self._order[0] != epoch:
+            order = list(range(self._sizes[packing]))
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return packing, self._order[1][start : start + self._batch]
 
 
 @dataclass

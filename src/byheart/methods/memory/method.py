@@ -41,7 +41,7 @@ from byheart.prompt import PromptFormat
 from byheart.rows import Fact, Kind
 from byheart.segment import segment
 from byheart.storage import fingerprint, read_json, write_json, write_text
-from byheart.training import Recipe, Trained, train
+from byheart.training import Orders, Recipe, Trained, train
 
 _PIECES = "pieces.jsonl"
 # Tokens of ordinary text that training keeps still, as a multiple of d_ff: as many as an edit lets the model write.
@@ -177,7 +177,7 @@ class Memory(Closed):
             return Trained(), (f"nothing to learn with memory.learn={options.learn}: the base model as it is",)
         upper = Upper(self.base, self.adapters, options.place)
         still = self._keeping(upper, self._folder)
-        orders = _Orders([len(rows) for rows in several], options.batch, options.epochs, seed)
+        orders = Orders([len(rows) for rows in several], options.batch, options.epochs, seed)
         kept: dict[int, States] = {}
         ready = 0.0
 
@@ -221,7 +221,7 @@ class Memory(Closed):
         answered = {piece.lead for piece in new}
         # One piece a row: what is unlearnt is what the model says to these very words.
         away = [row for piece in gone if piece.lead not in answered for row in packed(tokenizer, [piece], 0)]
-        orders = _Orders([max(len(learnt), len(away))], options.batch, options.revise_epochs, self.settings.seed)
+        orders = Orders([max(len(learnt), len(away))], options.batch, options.revise_epochs, self.settings.seed)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             still = self._keeping(upper, folder)
@@ -391,32 +391,6 @@ class Memory(Closed):
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:
             raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
         return method
-
-
-class _Orders:
-    """Which rows each step sees: every epoch all of one packing, in an order that only its number and the seed give."""
-
-    def __init__(self, sizes: Sequence[int], batch: int, epochs: int, seed: int) -> None:
-        self._plan = [
-            (epoch % len(sizes), start, epoch)
-            for epoch in range(epochs)
-            for start in range(0, sizes[epoch % len(sizes)], batch)
-        ]
-        self._sizes, self._batch, self._seed = sizes, batch, seed
-        self._order: tuple[int, list[int]] = (-1, [])
-
-    @property
-    def steps(self) -> int:
-        return len(self._plan)
-
-    def batch(self, step: int) -> tuple[int, list[int]]:
-        """The packing and the rows of one step."""
-        packing, start, epoch = self._plan[step]
-        if self._order[0] != epoch:
-            order = list(range(self._sizes[packing]))
-            random.Random(f"{self._seed}/{epoch}").shuffle(order)
-            self._order = (epoch, order)
-        return packing, self._order[1][start : start + self._batch]
 
 
 def choose_blocks(text: str, depth: int) -> list[int]:

@@ -6,27 +6,37 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from byheart import kv
 from byheart.base import Base
 from byheart.decode import Job, batches, token_ids
-from byheart.errors import DataError, UsageError
+from byheart.errors import DataError, UsageError, first_line
 from byheart.kv import KV
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import Answer, LearnReport, Progress, Settings, parse_options
 from byheart.methods.controls import Context
 from byheart.methods.prefix.blend import blended
+from byheart.methods.prefix.slots import Sample, Slots, chosen_columns
 from byheart.methods.prefix.store import Precision, Store
+from byheart.methods.prefix.tuning import lessons, tune
 from byheart.methods.reading import ask, options_of
+from byheart.progress import scaled
+from byheart.prompt import FORM_EXAMPLES, PromptFormat
 from byheart.rows import Question
 from byheart.score import normalize
 from byheart.segment import Passage, segment
-from byheart.storage import bytes_under
+from byheart.storage import bytes_under, fingerprint
+from byheart.training import Orders, Recipe
 
+_SLOTS = "slots.safetensors"
 # Tokens read at once while passages are encoded.
 _READ = 2_048
 # Passages whose keys and values are in memory at once while questions are asked.
@@ -43,11 +53,22 @@ class PrefixOptions:
         store: ``none`` encodes what was retrieved when a question comes; ``disk`` encodes all passages beforehand.
         precision: of what is on disk: ``model`` (as the model computes) or ``int8`` (about half of bf16).
         blend: with several passages, the share of their tokens that is read again with all passages in sight.
+        slots: columns that are learnt from the ledger's training questions and stand before everything; 0: none.
+        epochs: how often these questions are seen.
+        batch: questions a step.
+        lr, warmup, decay, clip: see :class:`byheart.training.Recipe`.
     """
 
     store: Literal["none", "disk"] = "none"
     precision: Precision = "model"
     blend: float = 0.0
+    slots: int = 0
+    epochs: int = 4
+    batch: int = 16
+    lr: float = 0.01
+    warmup: int = 10
+    decay: float = 0.0
+    clip: float = 1.0
 
 
 class Prefix(Context):
@@ -64,6 +85,9 @@ class Prefix(Context):
         self.options = parse_options(PrefixOptions, self.name, settings.options)
         if self.options.blend > 1:
             raise UsageError(f"--set prefix.blend={self.options.blend}: must be a share, at most 1")
+        for name in ("epochs", "batch"):
+            if getattr(self.options, name) < 1:
+                raise UsageError(f"--set prefix.{name}={getattr(self.options, name)}: must be at least 1")
         try:
             self._rotation = kv.check(base)
         except DataError as error:
@@ -76,6 +100,7 @@ class Prefix(Context):
         super().__init__(base, settings, work)
         self._store = Store(work / "prefix", self.options.precision)
         self._head: tuple[str, KV | None] | None = None
+        self.slots: Slots | None = None
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -92,16 +117,20 @@ class Prefix(Context):
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
         """Index the ledger's documents, read the examples, and, with ``store=disk``, every passage."""
-        report = super().learn(ledger, progress)
+        # What is told of documents is the longest part of the work.
+        report = super().learn(ledger, (lambda count: None) if self.options.slots else progress)
         began = time.perf_counter()
         if self._keeps:
             self._size(passage for _, passage in self._retriever.index.all_passages())
             self._keep(passage for _, passage in self._retriever.index.all_passages())
         seconds = report.seconds + time.perf_counter() - began
+        if self.options.slots:
+            report = self._tune(ledger, report, progress)
+            seconds += report.seconds
         kept = bytes_under(self._store.folder) if self._keeps else 0
         count = len(self._retriever.index)
         notes = (f"{kept / max(count, 1) / 1e6:.2f} MB a passage on disk",) if kept else ()
-        return replace(report, seconds=seconds, bytes=report.bytes + kept, notes=notes)
+        return replace(report, seconds=seconds, bytes=report.bytes + kept, notes=(*report.notes, *notes))
 
     def revise(self, change: Change) -> LearnReport:
         """Follow the changed document in the index, and with ``store=disk`` in what is kept."""
@@ -151,11 +180,12 @@ class Prefix(Context):
             self._head = (text, kv.read(self.base, [ids])[0] if ids else None)
         return self._head[1]
 
-    def encode(self, passages: Sequence[Passage]) -> list[KV]:
+    def encode(self, passages: Sequence[Passage], *, kept: bool | None = None) -> list[KV]:
         """Keys and values of each passage, alone behind the head: from disk where they are kept, else read now."""
+        kept = self._keeps if kept is None else kept
         like = next(self.base.model.parameters())
         paths = [self._path(passage) for passage in passages]
-        known = {path: self._store.get(path, like) for path in dict.fromkeys(paths)} if self._keeps else {}
+        known = {path: self._store.get(path, like) for path in dict.fromkeys(paths)} if kept else {}
         rows = {path: self._block_ids(one) for path, one in zip(paths, passages, strict=True) if not known.get(path)}
         missing, head = list(rows), self.head()
         lengths = [len(rows[path]) for path in missing]
@@ -173,6 +203,46 @@ class Prefix(Context):
             there = [blended(self.base, head, there, ids, self.options.blend)]
         return (*([] if head is None else [head]), *there)
 
+    def tuned(self, past: tuple[KV, ...]) -> tuple[KV, ...]:
+        """The same behind the learnt columns, where there are any."""
+        if self.slots is None:
+            return past
+        with torch.no_grad():
+            return (self.slots.kv(self.base.dtype), *past)
+
+    def _tune(self, ledger: Ledger, report: LearnReport, progress: Progress) -> LearnReport:
+        """Learn columns from the training questions, beginning with some that the model made of the examples."""
+        options, base, seed = self.options, self.base, self.settings.seed
+        began = time.perf_counter()
+        found, skipped = lessons(ledger, base, self.form, self._retriever, self.settings.segment)
+        if not found:
+            raise DataError("prefix.slots: the ledger has no training question whose document holds its answer")
+        before = set(self._store.folder.rglob("*.safetensors"))
+        self._keep(lesson.passage for lesson in found)
+        orders = Orders([len(found)], options.batch, options.epochs, seed)
+        shown, _, _ = PromptFormat(base.tokenizer, FORM_EXAMPLES).pieces("", ())
+        begin = self.head() or kv.read(base, [token_ids(base.tokenizer, shown, beginning=True)])[0]
+        self.slots = Slots(chosen_columns(begin, options.slots))
+        mark = fingerprint(base.hash, str(base.dtype), self._path(found[0].passage).name, asdict(options), seed, found)
+        recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
+        ready = time.perf_counter() - began
+        trained = tune(
+            base, self.slots, found,
+            lambda lesson: Sample(
+                self.past([lesson.passage], self.encode([lesson.passage], kept=True)), lesson.asked, lesson.answer
+            ),
+            orders, recipe, self.work / f"slots-{mark}.safetensors", scaled(progress, orders.steps, report.documents),
+        )  # fmt: skip
+        if not self._keeps:
+            for path in set(self._store.folder.rglob("*.safetensors")) - before:
+                path.unlink()
+        tail = trained.losses[-max(1, orders.steps // options.epochs) :]
+        note = (
+            f"{len(found)} training questions, {orders.steps} steps; loss {trained.losses[0]:.3f} at the start, "
+            f"{sum(tail) / len(tail):.3f} in the last epoch"
+        )
+        return replace(report, seconds=ready + trained.seconds, skipped=skipped, notes=(note,))
+
     def _jobs(self, questions: Sequence[Question], passages: Sequence[Sequence[Passage] | None]) -> list[Job]:
         every = [passage for given in passages for passage in given or ()]
         blocks = iter(self.encode(every))
@@ -180,7 +250,7 @@ class Prefix(Context):
             Job(
                 self.form.pieces(question.question, (), question.choices)[2],
                 options_of(self.form, question),
-                self.past(given or (), [next(blocks) for _ in given or ()]),
+                self.tuned(self.past(given or (), [next(blocks) for _ in given or ()])),
             )
             for question, given in zip(questions, passages, strict=True)
         ]
@@ -238,8 +308,24 @@ class Prefix(Context):
 
     def _save_into(self, folder: Path) -> None:
         super()._save_into(folder)
+        if self.slots is not None:
+            save_file({name: one.detach().cpu() for name, one in self.slots.named_parameters()}, folder / _SLOTS)
         if self._keeps:
             shutil.copytree(self._store.folder, folder / "prefix", copy_function=_linked)
+
+    @classmethod
+    def from_pretrained(cls, path: Path, base: Base) -> Self:
+        """Settings, examples, index, learnt columns; passages' keys and values where they were kept."""
+        method = super().from_pretrained(path, base)
+        if method.options.slots:
+            try:
+                found = load_file(path / _SLOTS)
+                layers = range(len(base.parts.blocks))
+                keys, values = (tuple(found[f"{part}.{n}"] for n in layers) for part in ("keys", "values"))
+            except (OSError, SafetensorError, KeyError) as error:
+                raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
+            method.slots = Slots(KV(keys, values, 0, 0)).to(base.device)
+        return method
 
 
 def _linked(source: str, target: str) -> None:

@@ -1,0 +1,89 @@
+"""Training questions as lessons for learnt columns: each with the passage that it would find, and its answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from byheart.base import Base
+from byheart.decode import option_ids, token_ids
+from byheart.gold import gold_passages
+from byheart.ledger import Ledger
+from byheart.methods.contract import Progress
+from byheart.methods.prefix.slots import Sample, Slots, answer_loss
+from byheart.prompt import PromptFormat
+from byheart.retrieve import Retriever
+from byheart.score import contains, normalize
+from byheart.segment import Passage
+from byheart.training import Orders, Recipe, Trained, train
+
+# Behind an answer, so that where it ends is learnt, too.
+_END = "\n\n"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A training question's tokens and those of an answer, with the passages that hold it."""
+
+    passage: Passage
+    asked: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def lessons(
+    ledger: Ledger, base: Base, form: PromptFormat, retriever: Retriever, segment: str
+) -> tuple[list[Lesson], dict[str, int]]:
+    """A lesson for each training question that names a document, and why others are left out, counted.
+
+    The passage is the one that is found first, where it holds an answer, as it will be when questions are asked; else
+    a window of the question's own document that does. Questions that stand among the examples are left out.
+    """
+    shown = {normalize(example.question) for example in form.examples}
+    every = list(ledger.questions(["train"]))
+    left_out: Counter[str] = Counter()
+    asked = []
+    for question in every:
+        if normalize(question.question) in shown:
+            left_out["stands among the examples"] += 1
+        elif not question.documents:
+            left_out["names no document"] += 1
+        else:
+            asked.append(question)
+    found = []
+    ranked = retriever.retrieve([question.question for question in asked], 1) if asked else []
+    for question, hits in zip(asked, ranked, strict=True):
+        own = gold_passages(ledger, question, retriever.encoder.splitter, segment)
+        held = next((one for one in (*hits, *own) if contains(one.text, question.answers)), None)
+        if held is None:
+            left_out["no passage holds its answer"] += 1
+            continue
+        answer = next(text for text in question.answers if contains(held.text, [text]))
+        tail = form.pieces(question.question, ())[2]
+        ids = token_ids(base.tokenizer, tail, beginning=False)
+        continued = option_ids(base.tokenizer, tail, ids, form.continuation(answer) + _END, beginning=False)
+        found.append(Lesson(held, tuple(ids), tuple(continued)))
+    return found, dict(left_out)
+
+
+def tune(
+    base: Base,
+    slots: Slots,
+    found: Sequence[Lesson],
+    sample: Callable[[Lesson], Sample],
+    orders: Orders,
+    recipe: Recipe,
+    store: Path,
+    progress: Progress,
+) -> Trained:
+    """Train columns on lessons: cross-entropy of the answers through the frozen model."""
+
+    def loss(step: int) -> Tensor:
+        _, numbers = orders.batch(step)
+        taken, _ = answer_loss(base, slots, [sample(found[n]) for n in numbers])
+        return taken.mean()
+
+    return train(slots, loss, recipe, store, progress)
