@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from byheart import kv
@@ -15,9 +16,9 @@ from byheart.decode import Job, complete
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.methods import Settings
-from byheart.methods.prefix import method as module
 from byheart.methods.prefix import slots
 from byheart.methods.prefix.blend import blended
+from byheart.methods.prefix.export import export_cartridge
 from byheart.methods.prefix.method import Prefix
 from byheart.methods.prefix.store import Store
 from byheart.prompt import PromptFormat
@@ -202,9 +203,7 @@ def test_what_is_on_disk_answers_alike_and_follows_the_ledger(tiny, small, tmp_p
     # What is on disk is used: while asking, only the other one reads its head and the passages.
     calls = []
     original = kv.read
-    monkeypatch.setattr(
-        module.kv, "read", lambda base, rows, *a, **b: calls.append(rows) or original(base, rows, *a, **b)
-    )
+    monkeypatch.setattr(kv, "read", lambda base, rows, *a, **b: calls.append(rows) or original(base, rows, *a, **b))
     assert plain(asked_of(fresh)) == plain(asked_of(kept))
     assert len(calls) == 2
     small.revise(Document(id="d1", title="Title 1", text="Its lamp was lit by Anna Kestle, who lived in Vell"))
@@ -293,6 +292,48 @@ def test_learnt_columns_answer_better_and_are_kept(tiny, small, tmp_path):
 def test_slots_without_a_lesson_are_refused(tiny, small, tmp_path):
     with pytest.raises(DataError, match=r"prefix\.slots: the ledger has no training question"):
         Prefix(tiny("llama"), Settings(options={"prefix.slots": "4"}), tmp_path).learn(small)
+
+
+@pytest.mark.parametrize(("family", "shots", "begin"), [("llama", 2, "examples"), ("gpt2", 0, "pages")])
+def test_columns_without_passages_load_in_peft(tiny, small, tmp_path, family, shots, begin):
+    base = tiny(family)
+    small.insert(
+        Question(id=f"t{n}", question=f"{text} then", answers=["Vell"], split="train") for n, text in enumerate(ASKED)
+    )
+    given = {"passages": "none", "slots": "5", "begin": begin, "epochs": "2", "batch": "2"}
+    options = {f"prefix.{name}": value for name, value in given.items()}
+    method = Prefix(base, Settings(shots=shots, options=options), tmp_path / "work")
+    report = method.learn(small)
+    assert report.skipped == ({"stands among the examples": 2} if shots else {})
+    answers = asked_of(method)
+    assert not any(answer.evidence or answer.ranked for answer in answers)
+    method.save_pretrained(tmp_path / "saved")
+    assert asked_of(Prefix.from_pretrained(tmp_path / "saved", base))[0].reference == answers[0].reference
+    columns = export_cartridge(method, tmp_path / "adapter")["columns"]
+    past = [*method.learnt(), *([method.cache.head] if shots else [])]
+    assert columns == kv.length(past) == past[-1].end > 5 * bool(shots)
+
+    asked = method.form.pieces(ASKED[0], ())[2]
+    (ours,) = complete(base, [Job(asked, (" Vell",), tuple(past))], max_new_tokens=0)
+    loaded = PeftModel.from_pretrained(tiny_model(family, len(base.tokenizer)).eval(), tmp_path / "adapter")
+    ids, option = ids_of(base, asked), ids_of(base, asked + " Vell")[len(ids_of(base, asked)) :]
+    with torch.no_grad():
+        logits = loaded(input_ids=torch.tensor([ids + option])).logits[0, len(ids) - 1 : -1]
+    mean = logits.log_softmax(-1).gather(1, torch.tensor(option)[:, None]).mean()
+    assert float(mean) == pytest.approx(ours.options[0], abs=1e-4)
+
+
+def test_what_cannot_be_a_cartridge_is_refused(tiny, small, tmp_path):
+    method = Prefix(tiny("llama"), Settings(), tmp_path)
+    method.learn(small)
+    with pytest.raises(UsageError, match="passages=none"):
+        export_cartridge(method, tmp_path / "out")
+    with pytest.raises(UsageError, match="leaves nothing to answer from"):
+        Prefix(tiny("llama"), Settings(options={"prefix.passages": "none"}), tmp_path)
+    many = {"prefix.passages": "none", "prefix.slots": "9999"}
+    small.insert([Question(id="t", question="Whose?", answers=["Vell"], split="train")])
+    with pytest.raises(DataError, match="has only"):
+        Prefix(tiny("llama"), Settings(shots=0, options=many), tmp_path / "many").learn(small)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])

@@ -12,6 +12,8 @@ from byheart.surgery import out_first
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+# Only a folder that holds it may be written over: a model or an adapter of somebody else never.
+EXPORTED = "byheart-export.json"
 # PEFT wraps a model twice; its files name parameters from outside.
 PREFIX = "base_model.model."
 

@@ -197,15 +197,21 @@ def _export(
     dtype: DtypeName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a change of weights in a form that other programs load."""
+    """Write a change of weights, or a prefix without passages, in a form that other programs load."""
     from byheart.methods.edit.export import export_merged, export_peft
     from byheart.methods.edit.weights import ChangedWeights
+    from byheart.methods.prefix.export import export_cartridge
+    from byheart.methods.prefix.method import Prefix
 
     if to not in ("peft", "merged"):
         raise UsageError(f"--to {to}: must be peft or merged")
     if rank is not None and to != "peft":
         raise UsageError("--rank: only for --to peft")
     (method,) = _loaded([folder], base, device, dtype)
+    if isinstance(method, Prefix) and to == "peft" and rank is None:
+        record = export_cartridge(method, out)
+        emit(record, as_json, f"{out}: written, {record['columns']} columns")
+        return
     if not isinstance(method, ChangedWeights):
         raise UsageError(f"{folder}: {method.name} changes no weights, so there is nothing to export")
     record = export_peft(method, out, rank) if to == "peft" else export_merged(method, out)

@@ -12,11 +12,8 @@ from torch import Tensor
 from byheart.base import quiet_transformers
 from byheart.errors import DataError
 from byheart.methods.edit.weights import ChangedWeights, product
-from byheart.peft_layout import CONFIG, PREFIX, TENSORS, lora_config, path_of
+from byheart.peft_layout import CONFIG, EXPORTED, PREFIX, TENSORS, lora_config, path_of
 from byheart.storage import check_replaceable, new_folder, write_json
-
-# Only a folder that holds it may be written over: a model or an adapter of somebody else never.
-_MARKER = "byheart-export.json"
 
 
 def export_peft(method: ChangedWeights, out: Path, rank: int | None = None) -> dict[str, Any]:
@@ -30,7 +27,7 @@ def export_peft(method: ChangedWeights, out: Path, rank: int | None = None) -> d
         The rank, and by layer the error: what was cut, as a share of the change's Frobenius norm.
     """
     _check(method)
-    check_replaceable(out, _MARKER)
+    check_replaceable(out, EXPORTED)
     factors, errors = {}, {}
     for layer, delta in method.deltas.items():
         factors[layer], errors[layer] = low_rank(delta, rank)
@@ -45,7 +42,7 @@ def export_peft(method: ChangedWeights, out: Path, rank: int | None = None) -> d
         tensors[f"{name}.lora_A.weight"] = _padded(right.T, widest).T.contiguous()
         tensors[f"{name}.lora_B.weight"] = _padded(left, widest).contiguous()
     with new_folder(out) as folder:
-        write_json(folder / _MARKER, {"base": method.base.hash, "rank": rank, "error": errors})
+        write_json(folder / EXPORTED, {"base": method.base.hash, "rank": rank, "error": errors})
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         write_json(folder / CONFIG, lora_config(method.base, modules, widest))
     return {"rank": widest, "error": {str(layer): error for layer, error in errors.items()}, "out": str(out)}
@@ -54,9 +51,9 @@ def export_peft(method: ChangedWeights, out: Path, rank: int | None = None) -> d
 def export_merged(method: ChangedWeights, out: Path) -> dict[str, Any]:
     """The whole model with the change in its weights, and its tokeniser, as transformers loads them."""
     _check(method)
-    check_replaceable(out, _MARKER)
+    check_replaceable(out, EXPORTED)
     with new_folder(out) as folder, method.attached(), quiet_transformers():
-        write_json(folder / _MARKER, {"base": method.base.hash})
+        write_json(folder / EXPORTED, {"base": method.base.hash})
         method.base.model.save_pretrained(folder)
         method.base.tokenizer.save_pretrained(folder)
     return {"out": str(out)}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Literal, Self
 
@@ -17,19 +16,20 @@ from safetensors.torch import load_file, save_file
 
 from byheart import kv
 from byheart.base import Base
-from byheart.decode import Job, batches, token_ids
+from byheart.decode import Job, token_ids
 from byheart.errors import DataError, UsageError, first_line
 from byheart.kv import KV
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import Answer, LearnReport, Progress, Settings, parse_options
 from byheart.methods.controls import Context
-from byheart.methods.prefix.blend import blended
+from byheart.methods.prefix.cache import Cache
 from byheart.methods.prefix.slots import Sample, Slots, chosen_columns
 from byheart.methods.prefix.store import Precision, Store
-from byheart.methods.prefix.tuning import lessons, tune
+from byheart.methods.prefix.tuning import Lesson, lessons, tune
 from byheart.methods.reading import ask, options_of
 from byheart.progress import scaled
 from byheart.prompt import FORM_EXAMPLES, PromptFormat
+from byheart.retrieve import searchable
 from byheart.rows import Question
 from byheart.score import normalize
 from byheart.segment import Passage, segment
@@ -37,12 +37,10 @@ from byheart.storage import bytes_under, fingerprint
 from byheart.training import Orders, Recipe
 
 _SLOTS = "slots.safetensors"
-# Tokens read at once while passages are encoded.
-_READ = 2_048
 # Passages whose keys and values are in memory at once while questions are asked.
 _HELD = 64
-# Windows that a size estimate looks at.
-_LOOKED_AT = 64
+# Tokens of pages that learnt columns are chosen among.
+_BEGIN = 2_048
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,10 @@ class PrefixOptions:
         store: ``none`` encodes what was retrieved when a question comes; ``disk`` encodes all passages beforehand.
         precision: of what is on disk: ``model`` (as the model computes) or ``int8`` (about half of bf16).
         blend: with several passages, the share of their tokens that is read again with all passages in sight.
+        passages: ``retrieved`` for each question, or ``none``: the learnt columns are all there is, for every question
+            the same (prefix-tuning; Li and Liang 2021), or a corpus in one cache (Cartridges; Eyuboglu et al. 2025).
         slots: columns that are learnt from the ledger's training questions and stand before everything; 0: none.
+        begin: what they begin as: the model's keys and values of the ``examples``, or of the ledger's ``pages``.
         epochs: how often these questions are seen.
         batch: questions a step.
         lr, warmup, decay, clip: see :class:`byheart.training.Recipe`.
@@ -62,7 +63,9 @@ class PrefixOptions:
     store: Literal["none", "disk"] = "none"
     precision: Precision = "model"
     blend: float = 0.0
+    passages: Literal["retrieved", "none"] = "retrieved"
     slots: int = 0
+    begin: Literal["examples", "pages"] = "examples"
     epochs: int = 4
     batch: int = 16
     lr: float = 0.01
@@ -74,20 +77,23 @@ class PrefixOptions:
 class Prefix(Context):
     """The model's own keys and values of each passage, made once and alone, behind the same examples for all.
 
-    A prompt is [examples][passage] ... [passage][question]; only the question is read when it is asked. With one
-    passage that gives the logits of the same text in the prompt. Several are turned to their places (Lu et al. 2024,
-    TurboRAG) and do not see each other, but for a share that is read again on wish (CacheBlend).
+    A prompt is [learnt columns][examples][passage] ... [passage][question]; only the question is read when it is asked.
+    With one passage and nothing learnt that gives the logits of the same text in the prompt. Several passages are
+    turned to their places (Lu et al. 2024, TurboRAG) and do not see each other, but for a share that is read again on
+    wish (CacheBlend).
     """
 
     name = "prefix"
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
-        self.options = parse_options(PrefixOptions, self.name, settings.options)
-        if self.options.blend > 1:
-            raise UsageError(f"--set prefix.blend={self.options.blend}: must be a share, at most 1")
+        self.options = options = parse_options(PrefixOptions, self.name, settings.options)
+        if options.blend > 1:
+            raise UsageError(f"--set prefix.blend={options.blend}: must be a share, at most 1")
         for name in ("epochs", "batch"):
-            if getattr(self.options, name) < 1:
-                raise UsageError(f"--set prefix.{name}={getattr(self.options, name)}: must be at least 1")
+            if getattr(options, name) < 1:
+                raise UsageError(f"--set prefix.{name}={getattr(options, name)}: must be at least 1")
+        if options.passages == "none" and not options.slots:
+            raise UsageError("--set prefix.passages=none: leaves nothing to answer from; learn some with prefix.slots")
         try:
             self._rotation = kv.check(base)
         except DataError as error:
@@ -98,9 +104,16 @@ class Prefix(Context):
                 "stand behind each other; use --k 1"
             )
         super().__init__(base, settings, work)
-        self._store = Store(work / "prefix", self.options.precision)
-        self._head: tuple[str, KV | None] | None = None
+        self._files = Store(work / "prefix", options.precision)
+        self._cache: Cache | None = None
         self.slots: Slots | None = None
+
+    @property
+    def cache(self) -> Cache:
+        """Passages behind this prompt form's examples."""
+        if self._cache is None or self._cache.form is not self.form:
+            self._cache = Cache(self.base, self.form, self._files, self._rotation, self.options.slots)
+        return self._cache
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -112,24 +125,27 @@ class Prefix(Context):
         """
         if not self._keeps:
             return None
-        count, each = self._size(segment(ledger.documents(), self.encoder.splitter, self.settings.segment))
+        count, each = self.cache.size(segment(ledger.documents(), self.encoder.splitter, self.settings.segment))
         return f"prefix: {count:,} passages of about {each / 1e6:.2f} MB, {each * count / 1e9:.2f} GB on disk"
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
-        """Index the ledger's documents, read the examples, and, with ``store=disk``, every passage."""
-        # What is told of documents is the longest part of the work.
+        """Index the ledger's documents; with ``store=disk`` read every passage, with ``slots`` train them.
+
+        ``progress`` is told of documents, of epochs' worth of them where columns are learnt.
+        """
         report = super().learn(ledger, (lambda count: None) if self.options.slots else progress)
         began = time.perf_counter()
+        index, kept = self._retriever.index, 0
+        notes: tuple[str, ...] = ()
         if self._keeps:
-            self._size(passage for _, passage in self._retriever.index.all_passages())
-            self._keep(passage for _, passage in self._retriever.index.all_passages())
+            self.cache.size(passage for _, passage in index.all_passages())
+            self.cache.keep(passage for _, passage in index.all_passages())
+            kept = bytes_under(self._files.folder)
+            notes = (f"{kept / max(len(index), 1) / 1e6:.2f} MB a passage on disk",)
         seconds = report.seconds + time.perf_counter() - began
         if self.options.slots:
             report = self._tune(ledger, report, progress)
             seconds += report.seconds
-        kept = bytes_under(self._store.folder) if self._keeps else 0
-        count = len(self._retriever.index)
-        notes = (f"{kept / max(count, 1) / 1e6:.2f} MB a passage on disk",) if kept else ()
         return replace(report, seconds=seconds, bytes=report.bytes + kept, notes=(*report.notes, *notes))
 
     def revise(self, change: Change) -> LearnReport:
@@ -140,16 +156,17 @@ class Prefix(Context):
             return report
         began = time.perf_counter()
         now = [passage for _, passage in self._retriever.index.all_passages() if passage.document == change.id]
-        self._keep(now)
-        for path in gone - {self._path(passage) for passage in now}:
+        self.cache.keep(now)
+        for path in gone - {self.cache.path(passage) for passage in now}:
             path.unlink(missing_ok=True)
         return replace(report, seconds=report.seconds + time.perf_counter() - began)
 
     def answer(self, questions: Sequence[Question], progress: Progress = lambda count: None) -> list[Answer]:
         """Answers with the passages that were found; their time counts the search and what had to be encoded."""
+        # What stands before every question is the same without passages: nothing to search for.
+        ask = super().answer if self.options.passages == "retrieved" else super(Context, self).answer
         step = max(1, _HELD // max(self.settings.k, 1))
-        parts = [questions[n : n + step] for n in range(0, len(questions), step)]
-        return [answer for part in parts for answer in super(Prefix, self).answer(part, progress)]
+        return [answer for n in range(0, len(questions), step) for answer in ask(questions[n : n + step], progress)]
 
     def read(
         self, questions: Sequence[Question], passages: Sequence[Sequence[Passage] | None], progress: Progress
@@ -165,76 +182,69 @@ class Prefix(Context):
     def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
         """The best ``k`` hits; a question that all prompts show with its answer is not asked."""
         shown = {normalize(example.question) for example in self.form.examples}
+        given = super().passages(questions) if self.options.passages == "retrieved" else [()] * len(questions)
         return [
             "stands among the examples" if normalize(question.question) in shown else found
-            for question, found in zip(questions, super().passages(questions), strict=True)
+            for question, found in zip(questions, given, strict=True)
         ]
 
-    # -- keys and values -------------------------------------------------------------------------------------
+    def _jobs(self, questions: Sequence[Question], passages: Sequence[Sequence[Passage] | None]) -> list[Job]:
+        blocks = iter(self.cache.encode([one for given in passages for one in given or ()], kept=self._keeps))
+        return [
+            Job(
+                self.form.pieces(question.question, (), question.choices)[2],
+                options_of(self.form, question),
+                (*self.learnt(), *self._past(given or (), [next(blocks) for _ in given or ()])),
+            )
+            for question, given in zip(questions, passages, strict=True)
+        ]
 
-    def head(self) -> KV | None:
-        """Keys and values of what stands before every passage; None where nothing does."""
-        text, _, _ = self.form.pieces("", ())
-        if self._head is None or self._head[0] != text:
-            ids = token_ids(self.base.tokenizer, text, beginning=True)
-            self._head = (text, kv.read(self.base, [ids])[0] if ids else None)
-        return self._head[1]
+    def _past(self, passages: Sequence[Passage], blocks: Sequence[KV]) -> tuple[KV, ...]:
+        return self.cache.past(passages, blocks, self.options.blend)
 
-    def encode(self, passages: Sequence[Passage], *, kept: bool | None = None) -> list[KV]:
-        """Keys and values of each passage, alone behind the head: from disk where they are kept, else read now."""
-        kept = self._keeps if kept is None else kept
-        like = next(self.base.model.parameters())
-        paths = [self._path(passage) for passage in passages]
-        known = {path: self._store.get(path, like) for path in dict.fromkeys(paths)} if kept else {}
-        rows = {path: self._block_ids(one) for path, one in zip(paths, passages, strict=True) if not known.get(path)}
-        missing, head = list(rows), self.head()
-        lengths = [len(rows[path]) for path in missing]
-        for batch in batches(lengths, lambda count, longest: count * longest <= _READ):
-            found = kv.read(self.base, [rows[missing[n]] for n in batch], head)
-            known |= zip((missing[n] for n in batch), found, strict=True)
-        return [one for path in paths if (one := known[path]) is not None]
+    @property
+    def _keeps(self) -> bool:
+        return self.options.store == "disk"
 
-    def past(self, passages: Sequence[Passage], blocks: Sequence[KV]) -> tuple[KV, ...]:
-        """What a question stands behind: the head, then the passages' ``blocks``, each in its place."""
-        head = self.head()
-        there = kv.placed(blocks, 0 if head is None else head.end, self._rotation)
-        if self.options.blend and len(blocks) > 1:
-            ids = [self._block_ids(passage) for passage in passages]
-            there = [blended(self.base, head, there, ids, self.options.blend)]
-        return (*([] if head is None else [head]), *there)
+    def _files_of(self, document: str) -> set[Path]:
+        if not self._keeps:
+            return set()
+        return {self.cache.path(one) for _, one in self._retriever.index.all_passages() if one.document == document}
 
-    def tuned(self, past: tuple[KV, ...]) -> tuple[KV, ...]:
-        """The same behind the learnt columns, where there are any."""
+    # -- learnt columns --------------------------------------------------------------------------------------
+
+    def learnt(self) -> tuple[KV, ...]:
+        """The learnt columns, where there are any."""
         if self.slots is None:
-            return past
+            return ()
         with torch.no_grad():
-            return (self.slots.kv(self.base.dtype), *past)
+            return (self.slots.kv(self.base.dtype),)
 
     def _tune(self, ledger: Ledger, report: LearnReport, progress: Progress) -> LearnReport:
-        """Learn columns from the training questions, beginning with some that the model made of the examples."""
         options, base, seed = self.options, self.base, self.settings.seed
         began = time.perf_counter()
-        found, skipped = lessons(ledger, base, self.form, self._retriever, self.settings.segment)
+        retriever = self._retriever if options.passages == "retrieved" else None
+        found, skipped = lessons(ledger, base, self.form, retriever, self.settings.segment)
         if not found:
-            raise DataError("prefix.slots: the ledger has no training question whose document holds its answer")
-        before = set(self._store.folder.rglob("*.safetensors"))
-        self._keep(lesson.passage for lesson in found)
+            why = " whose document holds its answer" if retriever else " with an answer"
+            raise DataError(f"prefix.slots: the ledger has no training question{why}")
+        before = set(self._files.folder.rglob("*.safetensors"))
+        self.cache.keep(passage for lesson in found for passage in lesson.passages)
         orders = Orders([len(found)], options.batch, options.epochs, seed)
-        shown, _, _ = PromptFormat(base.tokenizer, FORM_EXAMPLES).pieces("", ())
-        begin = self.head() or kv.read(base, [token_ids(base.tokenizer, shown, beginning=True)])[0]
-        self.slots = Slots(chosen_columns(begin, options.slots))
-        mark = fingerprint(base.hash, str(base.dtype), self._path(found[0].passage).name, asdict(options), seed, found)
+        self.slots = Slots(chosen_columns(self._begin(), options.slots))
+        mark = fingerprint(base.hash, str(base.dtype), self.form.pieces("", ()), asdict(options), seed, found)
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         ready = time.perf_counter() - began
-        trained = tune(
-            base, self.slots, found,
-            lambda lesson: Sample(
-                self.past([lesson.passage], self.encode([lesson.passage], kept=True)), lesson.asked, lesson.answer
-            ),
-            orders, recipe, self.work / f"slots-{mark}.safetensors", scaled(progress, orders.steps, report.documents),
-        )  # fmt: skip
+
+        def sample(lesson: Lesson) -> Sample:
+            blocks = self.cache.encode(lesson.passages, kept=True)
+            return Sample(self._past(lesson.passages, blocks), lesson.asked, lesson.answer)
+
+        store = self.work / f"slots-{mark}.safetensors"
+        tell = scaled(progress, orders.steps, report.documents)
+        trained = tune(base, self.slots, found, sample, orders, recipe, store, tell)
         if not self._keeps:
-            for path in set(self._store.folder.rglob("*.safetensors")) - before:
+            for path in set(self._files.folder.rglob("*.safetensors")) - before:
                 path.unlink()
         tail = trained.losses[-max(1, orders.steps // options.epochs) :]
         note = (
@@ -243,66 +253,19 @@ class Prefix(Context):
         )
         return replace(report, seconds=ready + trained.seconds, skipped=skipped, notes=(note,))
 
-    def _jobs(self, questions: Sequence[Question], passages: Sequence[Sequence[Passage] | None]) -> list[Job]:
-        every = [passage for given in passages for passage in given or ()]
-        blocks = iter(self.encode(every))
-        return [
-            Job(
-                self.form.pieces(question.question, (), question.choices)[2],
-                options_of(self.form, question),
-                self.tuned(self.past(given or (), [next(blocks) for _ in given or ()])),
-            )
-            for question, given in zip(questions, passages, strict=True)
-        ]
-
-    @property
-    def _keeps(self) -> bool:
-        return self.options.store == "disk"
-
-    def _block_ids(self, passage: Passage) -> list[int]:
-        _, (text,), _ = self.form.pieces("", [passage])
-        return token_ids(self.base.tokenizer, text, beginning=False)
-
-    def _path(self, passage: Passage) -> Path:
-        head, (block,), _ = self.form.pieces("", [passage])
-        return self._store.path(self.base.hash, str(self.base.dtype), head, block)
-
-    def _keep(self, passages: Iterable[Passage]) -> None:
-        """Put what is not on disk yet there."""
-        stream = (one for one in passages if not self._path(one).exists())
-        while step := list(islice(stream, _HELD)):
-            for passage, found in zip(step, self.encode(step), strict=True):
-                self._store.put(self._path(passage), found)
-
-    def _files_of(self, document: str) -> set[Path]:
-        if not self._keeps:
-            return set()
-        return {self._path(one) for _, one in self._retriever.index.all_passages() if one.document == document}
-
-    def _size(self, passages: Iterable[Passage]) -> tuple[int, int]:
-        """How many passages, and about how many bytes each.
-
-        Raises:
-            DataError: where they would fill the disk.
-        """
-        tokens: list[int] = []
-        count = 0
-        for passage in passages:
-            count += 1
-            if len(tokens) < _LOOKED_AT:
-                tokens.append(len(self._block_ids(passage)))
-        each = round(sum(tokens) / max(len(tokens), 1) * self._column_bytes())
-        self._store.check_room(each * count - bytes_under(self._store.folder))
-        return count, each
-
-    def _column_bytes(self) -> float:
-        """Of one token, on disk."""
-        (one,) = kv.read(self.base, [[0]])
-        if self.options.precision == "model":
-            return one.bytes
-        keys, values = (sum(t.numel() for t in some) for some in (one.keys, one.values))
-        heads = sum(value.shape[0] for value in one.values)
-        return keys + values + 4 * heads  # a scale for each value; those of keys are few
+    def _begin(self) -> KV:
+        """What learnt columns are chosen among: the model's own keys and values of real text."""
+        tokenizer = self.base.tokenizer
+        if self.options.begin == "pages":
+            ids = token_ids(tokenizer, "", beginning=True)
+            for _, passage in self._retriever.index.all_passages():
+                if len(ids) < _BEGIN:
+                    ids += token_ids(tokenizer, searchable(passage) + "\n\n", beginning=False)
+        else:
+            shown, _, _ = PromptFormat(tokenizer, self.form.examples or FORM_EXAMPLES).pieces("", ())
+            ids = token_ids(tokenizer, shown, beginning=True)
+        limit = getattr(self.base.model.config, "max_position_embeddings", None) or _BEGIN
+        return kv.read(self.base, [ids[: min(_BEGIN, limit)]])[0]
 
     # -- keeping ---------------------------------------------------------------------------------------------
 
@@ -311,7 +274,7 @@ class Prefix(Context):
         if self.slots is not None:
             save_file({name: one.detach().cpu() for name, one in self.slots.named_parameters()}, folder / _SLOTS)
         if self._keeps:
-            shutil.copytree(self._store.folder, folder / "prefix", copy_function=_linked)
+            shutil.copytree(self._files.folder, folder / "prefix", copy_function=_linked)
 
     @classmethod
     def from_pretrained(cls, path: Path, base: Base) -> Self:
@@ -324,7 +287,7 @@ class Prefix(Context):
                 keys, values = (tuple(found[f"{part}.{n}"] for n in layers) for part in ("keys", "values"))
             except (OSError, SafetensorError, KeyError) as error:
                 raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
-            method.slots = Slots(KV(keys, values, 0, 0)).to(base.device)
+            method.slots = Slots(KV(keys, values, 0, method.options.slots)).to(base.device)
         return method
 
 

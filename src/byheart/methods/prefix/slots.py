@@ -12,13 +12,14 @@ from transformers.cache_utils import Cache
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Frozen
+from byheart.errors import DataError
 from byheart.kv import KV, length
 from byheart.losses import token_loss
 from byheart.padding import right_padded
 
 
 class Slots(nn.Module):
-    """``n`` columns of keys and values for every block, in fp32; they cover no positions.
+    """``n`` columns of keys and values for every block, in fp32, at the positions from 0 on.
 
     They begin as keys and values that the model itself made of a text: random ones take far longer, and some never
     recover (Li and Liang 2021, section 7.4; Eyuboglu et al. 2025).
@@ -29,16 +30,26 @@ class Slots(nn.Module):
         self.keys = nn.ParameterList(one.detach().float().clone() for one in begin.keys)
         self.values = nn.ParameterList(one.detach().float().clone() for one in begin.values)
 
+    def __len__(self) -> int:
+        """How many columns there are."""
+        return int(self.keys[0].shape[1])
+
     def kv(self, dtype: torch.dtype) -> KV:
         """As the model takes them; gradients reach the parameters."""
-        return KV(tuple(one.to(dtype) for one in self.keys), tuple(one.to(dtype) for one in self.values), 0, 0)
+        return KV(tuple(one.to(dtype) for one in self.keys), tuple(one.to(dtype) for one in self.values), 0, len(self))
 
 
 def chosen_columns(source: KV, count: int) -> KV:
-    """``count`` of a text's columns: the first, which models use as a sink, and others evenly through the rest."""
-    places = torch.linspace(0, source.columns - 1, min(count, source.columns)).round().long()
+    """``count`` of a text's columns: the first, which models use as a sink, and others evenly through the rest.
+
+    Raises:
+        DataError: where the text has fewer.
+    """
+    if count > source.columns:
+        raise DataError(f"prefix.slots={count}: the text that they begin as has only {source.columns} tokens")
+    places = torch.linspace(0, source.columns - 1, count).round().long()
     places = places.to(source.keys[0].device)
-    return KV(tuple(k[:, places] for k in source.keys), tuple(v[:, places] for v in source.values), 0, 0)
+    return KV(tuple(k[:, places] for k in source.keys), tuple(v[:, places] for v in source.values), 0, len(places))
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def answer_loss(base: Base, slots: Slots, samples: Sequence[Sample]) -> tuple[Te
     before = torch.tensor(
         [[1] * first.columns + [0] * (widest - n) + [1] * n for n in columns], device=base.device, dtype=mask.dtype
     )
-    starts = torch.tensor([sample.past[-1].end for sample in samples], device=base.device)
+    starts = torch.tensor([(sample.past or (first,))[-1].end for sample in samples], device=base.device)
     layers = []
     for number, (key, value) in enumerate(zip(first.keys, first.values, strict=True)):
         both = []

@@ -64,6 +64,14 @@ class Store:
             int(about["end"]),
         )
 
+    def column_bytes(self, one: KV) -> float:
+        """What one column takes on disk, going by those of ``one``."""
+        if self.precision == "model":
+            return one.bytes / one.columns
+        numbers = sum(tensor.numel() for tensor in (*one.keys, *one.values))
+        heads = sum(value.shape[0] for value in one.values)
+        return numbers / one.columns + 4 * heads  # a scale for each column of values; those of keys are few
+
     def check_room(self, needed: int) -> None:
         """See that so many bytes find room.
 

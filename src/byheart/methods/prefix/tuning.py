@@ -29,43 +29,48 @@ _END = "\n\n"
 class Lesson:
     """A training question's tokens and those of an answer, with the passages that hold it."""
 
-    passage: Passage
+    passages: tuple[Passage, ...]
     asked: tuple[int, ...]
     answer: tuple[int, ...]
 
 
 def lessons(
-    ledger: Ledger, base: Base, form: PromptFormat, retriever: Retriever, segment: str
+    ledger: Ledger, base: Base, form: PromptFormat, retriever: Retriever | None, segment: str
 ) -> tuple[list[Lesson], dict[str, int]]:
     """A lesson for each training question that names a document, and why others are left out, counted.
 
     The passage is the one that is found first, where it holds an answer, as it will be when questions are asked; else
-    a window of the question's own document that does. Questions that stand among the examples are left out.
+    a window of the question's own document that does. Without a ``retriever`` there are no passages, and no document
+    is needed. Questions that stand among the examples are left out.
     """
     shown = {normalize(example.question) for example in form.examples}
-    every = list(ledger.questions(["train"]))
     left_out: Counter[str] = Counter()
     asked = []
-    for question in every:
+    for question in ledger.questions(["train"]):
         if normalize(question.question) in shown:
             left_out["stands among the examples"] += 1
-        elif not question.documents:
+        elif not question.answers:
+            left_out["has no answer"] += 1
+        elif retriever is not None and not question.documents:
             left_out["names no document"] += 1
         else:
             asked.append(question)
+    ranked = retriever.retrieve([question.question for question in asked], 1) if retriever and asked else []
     found = []
-    ranked = retriever.retrieve([question.question for question in asked], 1) if asked else []
-    for question, hits in zip(asked, ranked, strict=True):
-        own = gold_passages(ledger, question, retriever.encoder.splitter, segment)
-        held = next((one for one in (*hits, *own) if contains(one.text, question.answers)), None)
-        if held is None:
-            left_out["no passage holds its answer"] += 1
-            continue
-        answer = next(text for text in question.answers if contains(held.text, [text]))
-        tail = form.pieces(question.question, ())[2]
+    for n, question in enumerate(asked):
+        passages: tuple[Passage, ...] = ()
+        answers = question.answers
+        if retriever is not None:
+            own = gold_passages(ledger, question, retriever.encoder.splitter, segment)
+            held = next((one for one in (*ranked[n], *own) if contains(one.text, question.answers)), None)
+            if held is None:
+                left_out["no passage holds its answer"] += 1
+                continue
+            passages, answers = (held,), [text for text in question.answers if contains(held.text, [text])]
+        tail = form.pieces(question.question, (), question.choices)[2]
         ids = token_ids(base.tokenizer, tail, beginning=False)
-        continued = option_ids(base.tokenizer, tail, ids, form.continuation(answer) + _END, beginning=False)
-        found.append(Lesson(held, tuple(ids), tuple(continued)))
+        continued = option_ids(base.tokenizer, tail, ids, form.continuation(answers[0]) + _END, beginning=False)
+        found.append(Lesson(passages, tuple(ids), tuple(continued)))
     return found, dict(left_out)
 
 

@@ -1,0 +1,100 @@
+"""The model's own keys and values of passages: each read alone, behind the same beginning, now or from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from byheart import kv
+from byheart.base import Base
+from byheart.decode import batches, token_ids
+from byheart.kv import KV, Rotation
+from byheart.methods.prefix.blend import blended
+from byheart.methods.prefix.store import Store
+from byheart.prompt import PromptFormat
+from byheart.segment import Passage
+from byheart.storage import bytes_under
+
+# Tokens read at once.
+_READ = 2_048
+# Passages whose keys and values are in memory at once on their way to disk.
+_HELD = 64
+# Windows that a size estimate looks at.
+_LOOKED_AT = 64
+
+
+class Cache:
+    """Passages behind the beginning of a prompt form.
+
+    Attributes:
+        head: keys and values of what stands before every passage; None where nothing does.
+        start: the position at which the first passage begins.
+        files: where passages are kept.
+    """
+
+    def __init__(self, base: Base, form: PromptFormat, files: Store, rotation: Rotation | None, first: int = 0) -> None:
+        """Read the form's beginning, from position ``first`` on."""
+        self.base, self.form, self.files, self._rotation = base, form, files, rotation
+        self._beginning, _, _ = form.pieces("", ())
+        ids = token_ids(base.tokenizer, self._beginning, beginning=True)
+        self.head = kv.read(base, [ids], start=first)[0] if ids else None
+        self._first = first
+        self.start = first if self.head is None else self.head.end
+
+    def encode(self, passages: Sequence[Passage], *, kept: bool) -> list[KV]:
+        """Keys and values of each passage; with ``kept`` from disk where they are there."""
+        like = next(self.base.model.parameters())
+        paths = [self.path(passage) for passage in passages]
+        known = {path: self.files.get(path, like) for path in dict.fromkeys(paths)} if kept else {}
+        rows = {path: self.ids(one) for path, one in zip(paths, passages, strict=True) if not known.get(path)}
+        missing = list(rows)
+        lengths = [len(rows[path]) for path in missing]
+        for batch in batches(lengths, lambda count, longest: count * longest <= _READ):
+            found = kv.read(self.base, [rows[missing[n]] for n in batch], self.head, self.start)
+            known |= zip((missing[n] for n in batch), found, strict=True)
+        return [one for path in paths if (one := known[path]) is not None]
+
+    def past(self, passages: Sequence[Passage], blocks: Sequence[KV], blend: float = 0.0) -> tuple[KV, ...]:
+        """What a question stands behind: the beginning, then the passages' ``blocks``, each in its place.
+
+        Args:
+            blend: with several, the share of their tokens that is read again (:func:`blended`).
+        """
+        there = kv.placed(blocks, self.start, self._rotation)
+        if blend and len(blocks) > 1:
+            there = [blended(self.base, self.head, there, [self.ids(passage) for passage in passages], blend)]
+        return (*([] if self.head is None else [self.head]), *there)
+
+    def ids(self, passage: Passage) -> list[int]:
+        """A passage's tokens, as they stand in the middle of a prompt."""
+        _, (text,), _ = self.form.pieces("", [passage])
+        return token_ids(self.base.tokenizer, text, beginning=False)
+
+    def path(self, passage: Passage) -> Path:
+        """A passage's file."""
+        _, (text,), _ = self.form.pieces("", [passage])
+        return self.files.path(self.base.hash, str(self.base.dtype), str(self._first), self._beginning, text)
+
+    def keep(self, passages: Iterable[Passage]) -> None:
+        """Put what is not on disk yet there."""
+        stream = (one for one in passages if not self.path(one).exists())
+        while step := list(islice(stream, _HELD)):
+            for passage, found in zip(step, self.encode(step, kept=False), strict=True):
+                self.files.put(self.path(passage), found)
+
+    def size(self, passages: Iterable[Passage]) -> tuple[int, int]:
+        """How many passages, and about how many bytes each.
+
+        Raises:
+            DataError: where they would fill the disk.
+        """
+        tokens: list[int] = []
+        count = 0
+        for passage in passages:
+            count += 1
+            if len(tokens) < _LOOKED_AT:
+                tokens.append(len(self.ids(passage)))
+        each = round(sum(tokens) / max(len(tokens), 1) * self.files.column_bytes(kv.read(self.base, [[0]])[0]))
+        self.files.check_room(each * count - bytes_under(self.files.folder))
+        return count, each
