@@ -35,6 +35,7 @@ bench: setup
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/edit.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/prefix.py
 	$(BIN)/python benchmarks/ledger.py
 	$(BIN)/python benchmarks/startup.py
 
