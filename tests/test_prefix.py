@@ -15,8 +15,10 @@ from byheart.base import make_base
 from byheart.decode import Job, complete
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
+from byheart.losses import token_loss
 from byheart.methods import Settings
-from byheart.methods.prefix import slots
+from byheart.methods.prefix import compress, slots
+from byheart.methods.prefix.behind import Sample, answer_logits, shared
 from byheart.methods.prefix.blend import blended
 from byheart.methods.prefix.export import export_cartridge
 from byheart.methods.prefix.method import Prefix
@@ -282,7 +284,7 @@ def test_learnt_columns_answer_better_and_are_kept(tiny, small, tmp_path):
     once_more = Prefix(base, Settings(shots=0, options=options), tmp_path / "work")
     once_more.learn(small)
     assert all(torch.equal(a, b) for a, b in zip(once_more.slots.parameters(), method.slots.parameters(), strict=True))
-    (tmp_path / "saved" / "slots.safetensors").write_bytes(b"nothing")
+    (tmp_path / "saved" / "learnt.safetensors").write_bytes(b"nothing")
     with pytest.raises(DataError, match="not what byheart writes there"):
         Prefix.from_pretrained(tmp_path / "saved", base)
     with pytest.raises(UsageError, match=r"prefix\.batch=0"):
@@ -290,8 +292,54 @@ def test_learnt_columns_answer_better_and_are_kept(tiny, small, tmp_path):
 
 
 def test_slots_without_a_lesson_are_refused(tiny, small, tmp_path):
-    with pytest.raises(DataError, match=r"prefix\.slots: the ledger has no training question"):
+    with pytest.raises(DataError, match="the ledger has no training question"):
         Prefix(tiny("llama"), Settings(options={"prefix.slots": "4"}), tmp_path).learn(small)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_marks_begin_as_a_text_behind_the_passage(tiny, family):
+    base = tiny(family)
+    one = compress.Compressor(base, 6)
+    head = kv.read(base, [ids_of(base, ASKED[0])])[0]
+    pasts = [(head, past) for past in kv.read(base, [ids_of(base, text) for text in TEXTS], head)]
+    columns = one.read(base, pasts)
+    marks = ids_of(base, compress._BEGIN)[:6]
+    for row, past in enumerate(pasts):
+        plain = kv.read(base, [marks], kv.joined(past))[0]
+        for (key, value), a, b in zip(columns, plain.keys, plain.values, strict=True):
+            assert close(key[row], a, 1e-4) and close(value[row], b, 1e-4)
+    columns[-1][1].sum().backward()
+    assert float(one.marks.grad.abs().max()) > 0 and float(one.steer.grad.abs().amax((1, 2)).min()) > 0
+
+
+@pytest.mark.parametrize("distil", ["0", "0.5"])
+def test_compressed_passages_are_learnt_kept_and_few(tiny, small, tmp_path, distil):
+    base = tiny("llama")
+    small.insert(
+        [
+            Question(id="t0", question="Who lit it?", answers=["lamp"], documents=["d1"], split="train"),
+            Question(id="t1", question="What holds boats?", answers=["harbour"], documents=["d2"], split="train"),
+        ]
+    )
+    given = {"encoder": "compressed", "columns": "4", "epochs": "40", "batch": "2", "lr": "0.1", "distil": distil}
+    options = {f"prefix.{name}": value for name, value in given.items()}
+    fresh = Prefix(base, Settings(shots=0, options=options | {"prefix.slots": "3"}), tmp_path / "fresh")
+    report = fresh.learn(small)
+    first, last = (float(word) for word in re.findall(r"\d+\.\d+", report.notes[0]))
+    assert last < 0.95 * first
+    kept = Prefix(base, Settings(shots=0, options=options | {"prefix.store": "disk"}), tmp_path / "kept")
+    assert "3 passages" in kept.estimate(small)
+    kept.learn(small)
+    files = list((tmp_path / "kept").rglob("prefix/**/*.safetensors"))
+    assert len(files) == 3  # whole passages, which it was trained on, are gone
+    assert {load_file(path)["k0"].shape[1] for path in files} == {4}
+    for method in (fresh, kept):
+        answers = asked_of(method)
+        method.save_pretrained(tmp_path / f"saved-{method.work.name}")
+        again = asked_of(Prefix.from_pretrained(tmp_path / f"saved-{method.work.name}", base))
+        assert [(a.text, a.reference) for a in again] == [(a.text, a.reference) for a in answers]
+    with pytest.raises(UsageError, match="no tokens to blend"):
+        Prefix(base, Settings(options=options | {"prefix.blend": "0.5"}), tmp_path)
 
 
 @pytest.mark.parametrize(("family", "shots", "begin"), [("llama", 2, "examples"), ("gpt2", 0, "pages")])
@@ -344,12 +392,15 @@ def test_answer_loss_is_that_of_one_row_at_a_time(tiny, family):
     pasts = kv.read(base, [ids_of(base, text) for text in TEXTS[1:]], head)
     given = list(zip(pasts, ASKED[:2], (" nine boats", " Vell"), strict=True))
     samples = [
-        slots.Sample((head, past), tuple(ids_of(base, asked)), tuple(ids_of(base, answer)))
+        Sample((head, past), tuple(ids_of(base, asked)), tuple(ids_of(base, answer)), past.end)
         for past, asked, answer in given
     ]
-    together, _ = slots.answer_loss(base, columns, samples)
-    alone = torch.cat([slots.answer_loss(base, columns, [sample])[0] for sample in samples])
-    assert close(together, alone, 1e-4)
+
+    def losses(some):
+        return token_loss(*answer_logits(base, shared(columns.kv(base.dtype), len(some)), some))[0]
+
+    together = losses(samples)
+    assert close(together, torch.cat([losses([sample]) for sample in samples]), 1e-4)
     # And it is what answering scores.
     jobs = [Job(asked, (answer,), (columns.kv(base.dtype), head, past)) for past, asked, answer in given]
     done = complete(base, jobs, max_new_tokens=0)

@@ -30,16 +30,17 @@ class Cache:
     Attributes:
         head: keys and values of what stands before every passage; None where nothing does.
         start: the position at which the first passage begins.
+        first: the position at which the beginning begins.
         files: where passages are kept.
+        rotation: what moves keys.
     """
 
     def __init__(self, base: Base, form: PromptFormat, files: Store, rotation: Rotation | None, first: int = 0) -> None:
         """Read the form's beginning, from position ``first`` on."""
-        self.base, self.form, self.files, self._rotation = base, form, files, rotation
+        self.base, self.form, self.files, self.rotation, self.first = base, form, files, rotation, first
         self._beginning, _, _ = form.pieces("", ())
         ids = token_ids(base.tokenizer, self._beginning, beginning=True)
         self.head = kv.read(base, [ids], start=first)[0] if ids else None
-        self._first = first
         self.start = first if self.head is None else self.head.end
 
     def encode(self, passages: Sequence[Passage], *, kept: bool) -> list[KV]:
@@ -47,13 +48,17 @@ class Cache:
         like = next(self.base.model.parameters())
         paths = [self.path(passage) for passage in passages]
         known = {path: self.files.get(path, like) for path in dict.fromkeys(paths)} if kept else {}
-        rows = {path: self.ids(one) for path, one in zip(paths, passages, strict=True) if not known.get(path)}
-        missing = list(rows)
-        lengths = [len(rows[path]) for path in missing]
-        for batch in batches(lengths, lambda count, longest: count * longest <= _READ):
-            found = kv.read(self.base, [rows[missing[n]] for n in batch], self.head, self.start)
-            known |= zip((missing[n] for n in batch), found, strict=True)
+        missing = {path: one for path, one in zip(paths, passages, strict=True) if not known.get(path)}
+        known |= zip(missing, self.fresh(list(missing.values())), strict=True)
         return [one for path in paths if (one := known[path]) is not None]
+
+    def fresh(self, passages: Sequence[Passage]) -> list[KV]:
+        """Keys and values of passages that are not on disk."""
+        rows = [self.ids(passage) for passage in passages]
+        found: dict[int, KV] = {}
+        for batch in batches([len(row) for row in rows], lambda count, longest: count * longest <= _READ):
+            found |= zip(batch, kv.read(self.base, [rows[n] for n in batch], self.head, self.start), strict=True)
+        return [found[n] for n in range(len(rows))]
 
     def past(self, passages: Sequence[Passage], blocks: Sequence[KV], blend: float = 0.0) -> tuple[KV, ...]:
         """What a question stands behind: the beginning, then the passages' ``blocks``, each in its place.
@@ -61,10 +66,14 @@ class Cache:
         Args:
             blend: with several, the share of their tokens that is read again (:func:`blended`).
         """
-        there = kv.placed(blocks, self.start, self._rotation)
+        there = kv.placed(blocks, blocks[0].start if blocks else self.start, self.rotation)
         if blend and len(blocks) > 1:
             there = [blended(self.base, self.head, there, [self.ids(passage) for passage in passages], blend)]
         return (*([] if self.head is None else [self.head]), *there)
+
+    def columns(self, passage: Passage) -> int:
+        """How many columns a passage takes."""
+        return len(self.ids(passage))
 
     def ids(self, passage: Passage) -> list[int]:
         """A passage's tokens, as they stand in the middle of a prompt."""
@@ -74,7 +83,7 @@ class Cache:
     def path(self, passage: Passage) -> Path:
         """A passage's file."""
         _, (text,), _ = self.form.pieces("", [passage])
-        return self.files.path(self.base.hash, str(self.base.dtype), str(self._first), self._beginning, text)
+        return self.files.path(self.base.hash, str(self.base.dtype), str(self.first), self._beginning, text)
 
     def keep(self, passages: Iterable[Passage]) -> None:
         """Put what is not on disk yet there."""
@@ -83,8 +92,11 @@ class Cache:
             for passage, found in zip(step, self.encode(step, kept=False), strict=True):
                 self.files.put(self.path(passage), found)
 
-    def size(self, passages: Iterable[Passage]) -> tuple[int, int]:
+    def size(self, passages: Iterable[Passage], columns: int | None) -> tuple[int, int]:
         """How many passages, and about how many bytes each.
+
+        Args:
+            columns: of each, where that is known beforehand.
 
         Raises:
             DataError: where they would fill the disk.
@@ -94,7 +106,7 @@ class Cache:
         for passage in passages:
             count += 1
             if len(tokens) < _LOOKED_AT:
-                tokens.append(len(self.ids(passage)))
+                tokens.append(self.columns(passage) if columns is None else columns)
         each = round(sum(tokens) / max(len(tokens), 1) * self.files.column_bytes(kv.read(self.base, [[0]])[0]))
         self.files.check_room(each * count - bytes_under(self.files.folder))
         return count, each

@@ -13,6 +13,7 @@ from typing import Literal, Self
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from byheart import kv
 from byheart.base import Base
@@ -22,10 +23,12 @@ from byheart.kv import KV
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import Answer, LearnReport, Progress, Settings, parse_options
 from byheart.methods.controls import Context
+from byheart.methods.prefix.behind import Sample, shared, side_by_side
 from byheart.methods.prefix.cache import Cache
-from byheart.methods.prefix.slots import Sample, Slots, chosen_columns
+from byheart.methods.prefix.compress import Compressed, Compressor
+from byheart.methods.prefix.slots import Slots, chosen_columns
 from byheart.methods.prefix.store import Precision, Store
-from byheart.methods.prefix.tuning import Lesson, lessons, tune
+from byheart.methods.prefix.tuning import Batch, Lesson, lessons, tune
 from byheart.methods.reading import ask, options_of
 from byheart.progress import scaled
 from byheart.prompt import FORM_EXAMPLES, PromptFormat
@@ -36,7 +39,7 @@ from byheart.segment import Passage, segment
 from byheart.storage import bytes_under, fingerprint
 from byheart.training import Orders, Recipe
 
-_SLOTS = "slots.safetensors"
+_LEARNT = "learnt.safetensors"
 # Passages whose keys and values are in memory at once while questions are asked.
 _HELD = 64
 # Tokens of pages that learnt columns are chosen among.
@@ -51,6 +54,9 @@ class PrefixOptions:
         store: ``none`` encodes what was retrieved when a question comes; ``disk`` encodes all passages beforehand.
         precision: of what is on disk: ``model`` (as the model computes) or ``int8`` (about half of bf16).
         blend: with several passages, the share of their tokens that is read again with all passages in sight.
+        encoder: ``cache``: all of a passage's keys and values; ``compressed``: those of a few learnt marks behind it.
+        columns: of a compressed passage.
+        distil: weight of KL(behind the whole passages || behind what is learnt) while that is trained.
         passages: ``retrieved`` for each question, or ``none``: the learnt columns are all there is, for every question
             the same (prefix-tuning; Li and Liang 2021), or a corpus in one cache (Cartridges; Eyuboglu et al. 2025).
         slots: columns that are learnt from the ledger's training questions and stand before everything; 0: none.
@@ -63,6 +69,9 @@ class PrefixOptions:
     store: Literal["none", "disk"] = "none"
     precision: Precision = "model"
     blend: float = 0.0
+    encoder: Literal["cache", "compressed"] = "cache"
+    columns: int = 16
+    distil: float = 0.0
     passages: Literal["retrieved", "none"] = "retrieved"
     slots: int = 0
     begin: Literal["examples", "pages"] = "examples"
@@ -89,11 +98,13 @@ class Prefix(Context):
         self.options = options = parse_options(PrefixOptions, self.name, settings.options)
         if options.blend > 1:
             raise UsageError(f"--set prefix.blend={options.blend}: must be a share, at most 1")
-        for name in ("epochs", "batch"):
+        for name in ("epochs", "batch", "columns"):
             if getattr(options, name) < 1:
                 raise UsageError(f"--set prefix.{name}={getattr(options, name)}: must be at least 1")
         if options.passages == "none" and not options.slots:
             raise UsageError("--set prefix.passages=none: leaves nothing to answer from; learn some with prefix.slots")
+        if options.encoder == "compressed" and (options.blend or options.passages == "none"):
+            raise UsageError("--set prefix.encoder=compressed: needs retrieved passages, and has no tokens to blend")
         try:
             self._rotation = kv.check(base)
         except DataError as error:
@@ -105,15 +116,26 @@ class Prefix(Context):
             )
         super().__init__(base, settings, work)
         self._files = Store(work / "prefix", options.precision)
-        self._cache: Cache | None = None
+        self._whole: Cache | None = None
+        self._compressed: Compressed | None = None
         self.slots: Slots | None = None
+        self.compressor: Compressor | None = None
+
+    @property
+    def whole(self) -> Cache:
+        """Passages behind this prompt form's examples."""
+        if self._whole is None or self._whole.form is not self.form:
+            self._whole = Cache(self.base, self.form, self._files, self._rotation, self.options.slots)
+        return self._whole
 
     @property
     def cache(self) -> Cache:
-        """Passages behind this prompt form's examples."""
-        if self._cache is None or self._cache.form is not self.form:
-            self._cache = Cache(self.base, self.form, self._files, self._rotation, self.options.slots)
-        return self._cache
+        """The same as questions see them: compressed where they are to be."""
+        if self.compressor is None:
+            return self.whole
+        if self._compressed is None or self._compressed.form is not self.form:
+            self._compressed = Compressed(self.whole, self.compressor)
+        return self._compressed
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -125,28 +147,31 @@ class Prefix(Context):
         """
         if not self._keeps:
             return None
-        count, each = self.cache.size(segment(ledger.documents(), self.encoder.splitter, self.settings.segment))
+        columns = self.options.columns if self.options.encoder == "compressed" else None
+        passages = segment(ledger.documents(), self.encoder.splitter, self.settings.segment)
+        count, each = self.whole.size(passages, columns)
         return f"prefix: {count:,} passages of about {each / 1e6:.2f} MB, {each * count / 1e9:.2f} GB on disk"
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
-        """Index the ledger's documents; with ``store=disk`` read every passage, with ``slots`` train them.
+        """Index the ledger's documents; train what is to be learnt; with ``store=disk`` read every passage.
 
-        ``progress`` is told of documents, of epochs' worth of them where columns are learnt.
+        ``progress`` is told of documents, of epochs' worth of them where something is trained.
         """
-        report = super().learn(ledger, (lambda count: None) if self.options.slots else progress)
-        began = time.perf_counter()
-        index, kept = self._retriever.index, 0
-        notes: tuple[str, ...] = ()
+        report = super().learn(ledger, (lambda count: None) if self._trains else progress)
+        seconds, stored, notes = report.seconds, report.bytes, report.notes
+        self._whole, self._compressed, self.slots, self.compressor = None, None, None, None
+        if self._trains:
+            report = self._tune(ledger, report, progress)
+            seconds, stored, notes = seconds + report.seconds, stored + self._learnt_bytes(), report.notes
         if self._keeps:
-            self.cache.size(passage for _, passage in index.all_passages())
+            began = time.perf_counter()
+            index = self._retriever.index
+            self.cache.size((passage for _, passage in index.all_passages()), None)
             self.cache.keep(passage for _, passage in index.all_passages())
             kept = bytes_under(self._files.folder)
-            notes = (f"{kept / max(len(index), 1) / 1e6:.2f} MB a passage on disk",)
-        seconds = report.seconds + time.perf_counter() - began
-        if self.options.slots:
-            report = self._tune(ledger, report, progress)
-            seconds += report.seconds
-        return replace(report, seconds=seconds, bytes=report.bytes + kept, notes=(*report.notes, *notes))
+            seconds, stored = seconds + time.perf_counter() - began, stored + kept
+            notes = (*notes, f"{kept / max(len(index), 1) / 1e6:.2f} MB a passage on disk")
+        return replace(report, seconds=seconds, bytes=stored, notes=notes)
 
     def revise(self, change: Change) -> LearnReport:
         """Follow the changed document in the index, and with ``store=disk`` in what is kept."""
@@ -211,10 +236,23 @@ class Prefix(Context):
             return set()
         return {self.cache.path(one) for _, one in self._retriever.index.all_passages() if one.document == document}
 
-    # -- learnt columns --------------------------------------------------------------------------------------
+    # -- what is learnt --------------------------------------------------------------------------------------
+
+    @property
+    def _trains(self) -> bool:
+        return bool(self.options.slots) or self.options.encoder == "compressed"
+
+    @property
+    def _learnt(self) -> nn.ModuleDict:
+        """All that is learnt, under the names that it has on disk."""
+        there = {"slots": self.slots, "compressor": self.compressor}
+        return nn.ModuleDict({name: one for name, one in there.items() if one is not None})
+
+    def _learnt_bytes(self) -> int:
+        return sum(4 * one.numel() for one in self._learnt.parameters())
 
     def learnt(self) -> tuple[KV, ...]:
-        """The learnt columns, where there are any."""
+        """The learnt columns that stand before everything, where there are any."""
         if self.slots is None:
             return ()
         with torch.no_grad():
@@ -226,24 +264,27 @@ class Prefix(Context):
         retriever = self._retriever if options.passages == "retrieved" else None
         found, skipped = lessons(ledger, base, self.form, retriever, self.settings.segment)
         if not found:
-            why = " whose document holds its answer" if retriever else " with an answer"
-            raise DataError(f"prefix.slots: the ledger has no training question{why}")
+            why = "whose document holds its answer" if retriever else "with an answer"
+            raise DataError(f"prefix: there is something to learn, and the ledger has no training question {why}")
         before = set(self._files.folder.rglob("*.safetensors"))
-        self.cache.keep(passage for lesson in found for passage in lesson.passages)
+        self.whole.keep(passage for lesson in found for passage in lesson.passages)
         orders = Orders([len(found)], options.batch, options.epochs, seed)
-        self.slots = Slots(chosen_columns(self._begin(), options.slots))
+        if options.slots:
+            self.slots = Slots(chosen_columns(self._begin(), options.slots))
+        compressor = Compressor(base, options.columns) if options.encoder == "compressed" else None
+        learnt = nn.ModuleDict(dict(self._learnt) | ({} if compressor is None else {"compressor": compressor}))
         mark = fingerprint(base.hash, str(base.dtype), self.form.pieces("", ()), asdict(options), seed, found)
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         ready = time.perf_counter() - began
 
-        def sample(lesson: Lesson) -> Sample:
-            blocks = self.cache.encode(lesson.passages, kept=True)
-            return Sample(self._past(lesson.passages, blocks), lesson.asked, lesson.answer)
+        def batch(numbers: Sequence[int]) -> Batch:
+            return self._batch([found[n] for n in numbers], compressor)
 
-        store = self.work / f"slots-{mark}.safetensors"
+        store = self.work / f"learnt-{mark}.safetensors"
         tell = scaled(progress, orders.steps, report.documents)
-        trained = tune(base, self.slots, found, sample, orders, recipe, store, tell)
-        if not self._keeps:
+        trained = tune(base, learnt, batch, orders, recipe, options.distil, store, tell)
+        self.compressor = compressor  # from here on passages are compressed
+        if not self._keeps or compressor is not None:
             for path in set(self._files.folder.rglob("*.safetensors")) - before:
                 path.unlink()
         tail = trained.losses[-max(1, orders.steps // options.epochs) :]
@@ -252,6 +293,21 @@ class Prefix(Context):
             f"{sum(tail) / len(tail):.3f} in the last epoch"
         )
         return replace(report, seconds=ready + trained.seconds, skipped=skipped, notes=(note,))
+
+    def _batch(self, some: Sequence[Lesson], compressor: Compressor | None) -> Batch:
+        """Lessons behind what is being learnt: slots before all, and marks in the place of the passages."""
+        base, cache = self.base, self.whole
+        pasts = [self._past(one.passages, cache.encode(one.passages, kept=True)) for one in some]
+        ends = [past[-1].end if past else self.options.slots for past in pasts]
+        whole = [Sample(past, one.asked, one.answer, end) for past, one, end in zip(pasts, some, ends, strict=True)]
+        slots = [] if self.slots is None else shared(self.slots.kv(base.dtype), len(some))
+        told = whole if self.options.distil else None
+        if compressor is None:
+            return Batch(slots, whole, told)
+        head = [] if cache.head is None else shared(cache.head, len(some))
+        first = side_by_side(slots, head, compressor.read(base, pasts))
+        behind = [replace(one, past=(), start=one.start + len(compressor)) for one in whole]
+        return Batch(first, behind, told)
 
     def _begin(self) -> KV:
         """What learnt columns are chosen among: the model's own keys and values of real text."""
@@ -271,8 +327,8 @@ class Prefix(Context):
 
     def _save_into(self, folder: Path) -> None:
         super()._save_into(folder)
-        if self.slots is not None:
-            save_file({name: one.detach().cpu() for name, one in self.slots.named_parameters()}, folder / _SLOTS)
+        if self._trains:
+            save_file({name: one.detach().cpu() for name, one in self._learnt.named_parameters()}, folder / _LEARNT)
         if self._keeps:
             shutil.copytree(self._files.folder, folder / "prefix", copy_function=_linked)
 
@@ -280,14 +336,20 @@ class Prefix(Context):
     def from_pretrained(cls, path: Path, base: Base) -> Self:
         """Settings, examples, index, learnt columns; passages' keys and values where they were kept."""
         method = super().from_pretrained(path, base)
-        if method.options.slots:
-            try:
-                found = load_file(path / _SLOTS)
+        if not method._trains:
+            return method
+        try:
+            found = load_file(path / _LEARNT)
+            if count := method.options.slots:
                 layers = range(len(base.parts.blocks))
-                keys, values = (tuple(found[f"{part}.{n}"] for n in layers) for part in ("keys", "values"))
-            except (OSError, SafetensorError, KeyError) as error:
-                raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
-            method.slots = Slots(KV(keys, values, 0, method.options.slots)).to(base.device)
+                keys, values = (tuple(found[f"slots.{part}.{n}"] for n in layers) for part in ("keys", "values"))
+                method.slots = Slots(KV(keys, values, 0, count)).to(base.device)
+            if method.options.encoder == "compressed":
+                method.compressor = Compressor(base, method.options.columns)
+                marks = {name.removeprefix("compressor."): one for name, one in found.items()}
+                method.compressor.load_state_dict({name: marks[name] for name in ("marks", "steer")})
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
         return method
 
 

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from torch import nn
 
-from byheart.attention import fast_attention
-from byheart.base import Base
-from byheart.blocks import Frozen
 from byheart.errors import DataError
-from byheart.kv import KV, length
-from byheart.losses import token_loss
-from byheart.padding import right_padded
+from byheart.kv import KV
 
 
 class Slots(nn.Module):
@@ -50,55 +41,3 @@ def chosen_columns(source: KV, count: int) -> KV:
     places = torch.linspace(0, source.columns - 1, count).round().long()
     places = places.to(source.keys[0].device)
     return KV(tuple(k[:, places] for k in source.keys), tuple(v[:, places] for v in source.values), 0, len(places))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A question behind its passage: ``past`` without the slots, the question's tokens, the answer's tokens."""
-
-    past: tuple[KV, ...]
-    asked: tuple[int, ...]
-    answer: tuple[int, ...]
-
-
-def answer_loss(base: Base, slots: Slots, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """-log p of every answer token (labels) behind the slots, and whether it is the likeliest.
-
-    Gradients reach the slots.
-    """
-    first = slots.kv(base.dtype)
-    rows = [(*sample.asked, *sample.answer[:-1]) for sample in samples]
-    ids, mask, places = right_padded(rows, base.device)
-    columns = [length(sample.past) for sample in samples]
-    widest = max(columns)
-    before = torch.tensor(
-        [[1] * first.columns + [0] * (widest - n) + [1] * n for n in columns], device=base.device, dtype=mask.dtype
-    )
-    starts = torch.tensor([(sample.past or (first,))[-1].end for sample in samples], device=base.device)
-    layers = []
-    for number, (key, value) in enumerate(zip(first.keys, first.values, strict=True)):
-        both = []
-        for own, name in ((key, "keys"), (value, "values")):
-            shape = (len(samples), own.shape[0], widest, own.shape[2])
-            there = torch.zeros(shape, dtype=base.dtype, device=base.device)
-            for n, sample in enumerate(samples):
-                column = widest - columns[n]
-                for one in sample.past:
-                    there[n, :, column : column + one.columns] = getattr(one, name)[number]
-                    column += one.columns
-            both.append(torch.cat([own[None].expand(len(samples), -1, -1, -1), there], 2))
-        layers.append(Frozen(*both))
-    at = [(n, len(s.asked) - 1 + place) for n, s in enumerate(samples) for place in range(len(s.answer))]
-    row, column = torch.tensor(at, device=base.device).T
-    kept, where = column.unique(return_inverse=True)
-    with fast_attention(base.model):
-        logits = base.model(
-            input_ids=ids,
-            attention_mask=torch.cat([before, mask], 1),
-            position_ids=places + starts[:, None],
-            past_key_values=Cache(layers=layers),
-            use_cache=True,
-            logits_to_keep=kept,
-        ).logits
-    label = torch.tensor([one for sample in samples for one in sample.answer], device=base.device)
-    return token_loss(logits[row, where], label, base.wide)

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from byheart.base import Base
 from byheart.decode import option_ids, token_ids
 from byheart.gold import gold_passages
 from byheart.ledger import Ledger
+from byheart.losses import token_loss
 from byheart.methods.contract import Progress
-from byheart.methods.prefix.slots import Sample, Slots, answer_loss
+from byheart.methods.prefix.behind import Columns, Sample, answer_logits
 from byheart.prompt import PromptFormat
 from byheart.retrieve import Retriever
 from byheart.score import contains, normalize
@@ -74,21 +77,46 @@ def lessons(
     return found, dict(left_out)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Lessons ready for a step: columns with gradients, and samples behind them; the same with nothing left out.
+
+    Attributes:
+        whole: samples behind their whole passages, to be told from; None where nothing is.
+    """
+
+    first: Columns
+    samples: list[Sample]
+    whole: list[Sample] | None = None
+
+
 def tune(
     base: Base,
-    slots: Slots,
-    found: Sequence[Lesson],
-    sample: Callable[[Lesson], Sample],
+    learnt: nn.Module,
+    batch: Callable[[Sequence[int]], Batch],
     orders: Orders,
     recipe: Recipe,
+    distil: float,
     store: Path,
     progress: Progress,
 ) -> Trained:
-    """Train columns on lessons: cross-entropy of the answers through the frozen model."""
+    """Train columns on lessons: cross-entropy of the answers through the frozen model.
+
+    Args:
+        batch: lessons by their numbers.
+        distil: weight of KL(behind the whole passages || behind the columns) at the answers' tokens.
+    """
 
     def loss(step: int) -> Tensor:
         _, numbers = orders.batch(step)
-        taken, _ = answer_loss(base, slots, [sample(found[n]) for n in numbers])
-        return taken.mean()
+        given = batch(numbers)
+        logits, label = answer_logits(base, given.first, given.samples)
+        total = token_loss(logits, label, base.wide)[0].mean()
+        if distil and given.whole is not None:
+            with torch.no_grad():
+                told, _ = answer_logits(base, [], given.whole)
+            both = (logits.to(base.wide).log_softmax(-1), told.to(base.wide).log_softmax(-1))
+            total = total + distil * functional.kl_div(*both, log_target=True, reduction="batchmean")
+        return total
 
-    return train(slots, loss, recipe, store, progress)
+    return train(learnt, loss, recipe, store, progress)
