@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.nn import functional
 
 from byheart import kv
 from byheart.base import make_base
@@ -17,7 +19,7 @@ from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.losses import token_loss
 from byheart.methods import Settings
-from byheart.methods.prefix import compress, slots
+from byheart.methods.prefix import compress, heads, slots
 from byheart.methods.prefix.behind import Sample, answer_logits, shared
 from byheart.methods.prefix.blend import blended
 from byheart.methods.prefix.export import export_cartridge
@@ -25,6 +27,7 @@ from byheart.methods.prefix.method import Prefix
 from byheart.methods.prefix.store import Store
 from byheart.prompt import PromptFormat
 from byheart.rows import Document, Question
+from byheart.segment import Passage
 from conftest import FAMILIES, tiny_model
 
 DECODERS = [name for name in FAMILIES if name != "t5"]
@@ -312,8 +315,31 @@ def test_marks_begin_as_a_text_behind_the_passage(tiny, family):
     assert float(one.marks.grad.abs().max()) > 0 and float(one.steer.grad.abs().amax((1, 2)).min()) > 0
 
 
-@pytest.mark.parametrize("distil", ["0", "0.5"])
-def test_compressed_passages_are_learnt_kept_and_few(tiny, small, tmp_path, distil):
+def test_heads_begin_at_real_text_and_emit_for_each_passage(tiny, minilm):
+    base = tiny("qwen3")
+    begin = slots.chosen_columns(kv.read(base, [ids_of(base, TEXTS[0])])[0], 5)
+    one = heads.Heads(begin, minilm.card.dim, 0)
+    passages = [Passage(f"p{n}", "", text, 0, len(text)) for n, text in enumerate(TEXTS)]
+    for (key, value), a, b in zip(heads.emitted(base, one, minilm, passages), begin.keys, begin.values, strict=True):
+        assert torch.equal(key, a.expand_as(key)) and torch.equal(value, b.expand_as(value))
+    with torch.no_grad():
+        one.gates.fill_(0.5)
+    together = heads.emitted(base, one, minilm, passages)
+    for n, passage in enumerate(passages):
+        alone = heads.emitted(base, one, minilm, [passage])
+        for (key, value), (k, v) in zip(together, alone, strict=True):
+            assert close(key[n], k[0], 2e-2) and close(value[n], v[0], 2e-2)  # the encoder runs in bf16
+            assert not close(key[n], key[n - 1], 2e-2)
+    # What is added is half as long as what is there, all heads of a block together or each.
+    added = (together[0][0][0] - begin.keys[0]).norm(dim=-1)
+    assert torch.allclose(added, 0.5 * begin.keys[0].norm(dim=-1), rtol=1e-3)
+    states, mask = minilm.states(TEXTS)
+    pooled = functional.normalize((states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
+    assert np.allclose(pooled.numpy(), minilm.encode(TEXTS), atol=2e-2)
+
+
+@pytest.mark.parametrize(("encoder", "distil"), [("compressed", "0"), ("compressed", "0.5"), ("text", "0")])
+def test_few_columns_a_passage_are_learnt_and_kept(tiny, small, tmp_path, encoder, distil):
     base = tiny("llama")
     small.insert(
         [
@@ -321,7 +347,7 @@ def test_compressed_passages_are_learnt_kept_and_few(tiny, small, tmp_path, dist
             Question(id="t1", question="What holds boats?", answers=["harbour"], documents=["d2"], split="train"),
         ]
     )
-    given = {"encoder": "compressed", "columns": "4", "epochs": "40", "batch": "2", "lr": "0.1", "distil": distil}
+    given = {"encoder": encoder, "columns": "4", "epochs": "40", "batch": "2", "lr": "0.1", "distil": distil}
     options = {f"prefix.{name}": value for name, value in given.items()}
     fresh = Prefix(base, Settings(shots=0, options=options | {"prefix.slots": "3"}), tmp_path / "fresh")
     report = fresh.learn(small)

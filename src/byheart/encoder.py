@@ -90,14 +90,27 @@ class Encoder:
             on_done(len(batch))
         return out
 
-    @torch.inference_mode()
-    def _forward(self, rows: list[list[int]], width: int, device: torch.device) -> Tensor:
+    def tokens(self, text: str) -> int:
+        """How many tokens a text has."""
+        return len(self.splitter.encode(text).ids)
+
+    def states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token states (len(texts), tokens, dim) and their mask; a text over what positions allow is cut there."""
+        rows = self.tokenizer(list(texts), truncation=True, max_length=self.card.limit)["input_ids"]
+        return self._hidden(rows, max(map(len, rows)), next(self.model.parameters()).device)
+
+    def _hidden(self, rows: list[list[int]], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         mask = (torch.arange(width)[None] < lengths[:, None]).long().to(device)
         # No mask where nothing is padded: attention then takes its fastest path.
         padded = bool((lengths < width).any())
         hidden = self.model(input_ids=ids.to(device), attention_mask=mask if padded else None).last_hidden_state
+        return hidden, mask
+
+    @torch.inference_mode()
+    def _forward(self, rows: list[list[int]], width: int, device: torch.device) -> Tensor:
+        hidden, mask = self._hidden(rows, width, device)
         if self.card.pooling == "cls":
             vectors = hidden[:, 0].float()
         else:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+
+from torch import nn
 
 from byheart import kv
 from byheart.base import Base
@@ -22,6 +25,12 @@ _READ = 2_048
 _HELD = 64
 # Windows that a size estimate looks at.
 _LOOKED_AT = 64
+
+
+def digest_of(module: nn.Module) -> str:
+    """A hash of what a module learnt."""
+    parts = (one.detach().cpu().numpy().tobytes() for one in module.state_dict().values())
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 class Cache:

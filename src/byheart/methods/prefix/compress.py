@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +17,7 @@ from byheart.blocks import Frozen
 from byheart.decode import batches, token_ids
 from byheart.kv import KV
 from byheart.methods.prefix.behind import Columns, padded_pasts
-from byheart.methods.prefix.cache import Cache
+from byheart.methods.prefix.cache import Cache, digest_of
 from byheart.segment import Passage
 from byheart.surgery import altered
 
@@ -57,11 +56,6 @@ class Compressor(nn.Module):
         """How many columns a passage gets."""
         return int(self.marks.shape[0])
 
-    @property
-    def digest(self) -> str:
-        """A hash of what is learnt."""
-        return hashlib.sha256(b"".join(one.detach().cpu().numpy().tobytes() for one in self.parameters())).hexdigest()
-
     def read(self, base: Base, pasts: Sequence[Sequence[KV]]) -> Columns:
         """The marks' columns, (rows, kv_heads, n, head_dim) a layer, behind each past; they begin where it ends."""
         there, seen = padded_pasts(base, pasts)
@@ -87,7 +81,7 @@ class Compressed(Cache):
 
     def __init__(self, whole: Cache, compressor: Compressor) -> None:
         super().__init__(whole.base, whole.form, whole.files, whole.rotation, whole.first)
-        self._whole, self._compressor, self._digest = whole, compressor, compressor.digest
+        self._whole, self._compressor, self._digest = whole, compressor, digest_of(compressor)
 
     def path(self, passage: Passage) -> Path:
         """A passage's file; other marks, another file."""

@@ -26,6 +26,7 @@ from byheart.methods.controls import Context
 from byheart.methods.prefix.behind import Sample, shared, side_by_side
 from byheart.methods.prefix.cache import Cache
 from byheart.methods.prefix.compress import Compressed, Compressor
+from byheart.methods.prefix.heads import Emitted, Heads, emitted
 from byheart.methods.prefix.slots import Slots, chosen_columns
 from byheart.methods.prefix.store import Precision, Store
 from byheart.methods.prefix.tuning import Batch, Lesson, lessons, tune
@@ -54,8 +55,9 @@ class PrefixOptions:
         store: ``none`` encodes what was retrieved when a question comes; ``disk`` encodes all passages beforehand.
         precision: of what is on disk: ``model`` (as the model computes) or ``int8`` (about half of bf16).
         blend: with several passages, the share of their tokens that is read again with all passages in sight.
-        encoder: ``cache``: all of a passage's keys and values; ``compressed``: those of a few learnt marks behind it.
-        columns: of a compressed passage.
+        encoder: ``cache``: all of a passage's keys and values; ``compressed``: those of a few learnt marks behind it;
+            ``text``: a few that heads on the text encoder emit.
+        columns: of a passage, where it is not the cache.
         distil: weight of KL(behind the whole passages || behind what is learnt) while that is trained.
         passages: ``retrieved`` for each question, or ``none``: the learnt columns are all there is, for every question
             the same (prefix-tuning; Li and Liang 2021), or a corpus in one cache (Cartridges; Eyuboglu et al. 2025).
@@ -69,7 +71,7 @@ class PrefixOptions:
     store: Literal["none", "disk"] = "none"
     precision: Precision = "model"
     blend: float = 0.0
-    encoder: Literal["cache", "compressed"] = "cache"
+    encoder: Literal["cache", "compressed", "text"] = "cache"
     columns: int = 16
     distil: float = 0.0
     passages: Literal["retrieved", "none"] = "retrieved"
@@ -103,7 +105,7 @@ class Prefix(Context):
                 raise UsageError(f"--set prefix.{name}={getattr(options, name)}: must be at least 1")
         if options.passages == "none" and not options.slots:
             raise UsageError("--set prefix.passages=none: leaves nothing to answer from; learn some with prefix.slots")
-        if options.encoder == "compressed" and (options.blend or options.passages == "none"):
+        if options.encoder != "cache" and (options.blend or options.passages == "none"):
             raise UsageError("--set prefix.encoder=compressed: needs retrieved passages, and has no tokens to blend")
         try:
             self._rotation = kv.check(base)
@@ -117,9 +119,9 @@ class Prefix(Context):
         super().__init__(base, settings, work)
         self._files = Store(work / "prefix", options.precision)
         self._whole: Cache | None = None
-        self._compressed: Compressed | None = None
+        self._compressed: Cache | None = None
         self.slots: Slots | None = None
-        self.compressor: Compressor | None = None
+        self.compressor: Compressor | Heads | None = None
 
     @property
     def whole(self) -> Cache:
@@ -134,7 +136,11 @@ class Prefix(Context):
         if self.compressor is None:
             return self.whole
         if self._compressed is None or self._compressed.form is not self.form:
-            self._compressed = Compressed(self.whole, self.compressor)
+            self._compressed = (
+                Compressed(self.whole, self.compressor)
+                if isinstance(self.compressor, Compressor)
+                else Emitted(self.whole, self.compressor, self.encoder)
+            )
         return self._compressed
 
     # -- the contract ----------------------------------------------------------------------------------------
@@ -147,7 +153,7 @@ class Prefix(Context):
         """
         if not self._keeps:
             return None
-        columns = self.options.columns if self.options.encoder == "compressed" else None
+        columns = None if self.options.encoder == "cache" else self.options.columns
         passages = segment(ledger.documents(), self.encoder.splitter, self.settings.segment)
         count, each = self.whole.size(passages, columns)
         return f"prefix: {count:,} passages of about {each / 1e6:.2f} MB, {each * count / 1e9:.2f} GB on disk"
@@ -240,7 +246,7 @@ class Prefix(Context):
 
     @property
     def _trains(self) -> bool:
-        return bool(self.options.slots) or self.options.encoder == "compressed"
+        return bool(self.options.slots) or self.options.encoder != "cache"
 
     @property
     def _learnt(self) -> nn.ModuleDict:
@@ -271,7 +277,7 @@ class Prefix(Context):
         orders = Orders([len(found)], options.batch, options.epochs, seed)
         if options.slots:
             self.slots = Slots(chosen_columns(self._begin(), options.slots))
-        compressor = Compressor(base, options.columns) if options.encoder == "compressed" else None
+        compressor = self._fresh()
         learnt = nn.ModuleDict(dict(self._learnt) | ({} if compressor is None else {"compressor": compressor}))
         mark = fingerprint(base.hash, str(base.dtype), self.form.pieces("", ()), asdict(options), seed, found)
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
@@ -294,8 +300,18 @@ class Prefix(Context):
         )
         return replace(report, seconds=ready + trained.seconds, skipped=skipped, notes=(note,))
 
-    def _batch(self, some: Sequence[Lesson], compressor: Compressor | None) -> Batch:
-        """Lessons behind what is being learnt: slots before all, and marks in the place of the passages."""
+    def _fresh(self) -> Compressor | Heads | None:
+        """What makes columns of passages, before training."""
+        options = self.options
+        if options.encoder == "compressed":
+            return Compressor(self.base, options.columns)
+        if options.encoder == "text":
+            begin = chosen_columns(self._begin(), options.columns)
+            return Heads(begin, self.encoder.card.dim, self.settings.seed)
+        return None
+
+    def _batch(self, some: Sequence[Lesson], compressor: Compressor | Heads | None) -> Batch:
+        """Lessons behind what is being learnt: slots before all, and columns in the place of the passages."""
         base, cache = self.base, self.whole
         pasts = [self._past(one.passages, cache.encode(one.passages, kept=True)) for one in some]
         ends = [past[-1].end if past else self.options.slots for past in pasts]
@@ -305,9 +321,13 @@ class Prefix(Context):
         if compressor is None:
             return Batch(slots, whole, told)
         head = [] if cache.head is None else shared(cache.head, len(some))
-        first = side_by_side(slots, head, compressor.read(base, pasts))
-        behind = [replace(one, past=(), start=one.start + len(compressor)) for one in whole]
-        return Batch(first, behind, told)
+        if isinstance(compressor, Compressor):
+            made, starts = compressor.read(base, pasts), ends
+        else:
+            made = emitted(base, compressor, self.encoder, [passage for one in some for passage in one.passages])
+            starts = [cache.start] * len(some)
+        behind = [replace(one, past=(), start=at + len(compressor)) for one, at in zip(whole, starts, strict=True)]
+        return Batch(side_by_side(slots, head, made), behind, told)
 
     def _begin(self) -> KV:
         """What learnt columns are chosen among: the model's own keys and values of real text."""
@@ -344,10 +364,10 @@ class Prefix(Context):
                 layers = range(len(base.parts.blocks))
                 keys, values = (tuple(found[f"slots.{part}.{n}"] for n in layers) for part in ("keys", "values"))
                 method.slots = Slots(KV(keys, values, 0, count)).to(base.device)
-            if method.options.encoder == "compressed":
-                method.compressor = Compressor(base, method.options.columns)
-                marks = {name.removeprefix("compressor."): one for name, one in found.items()}
-                method.compressor.load_state_dict({name: marks[name] for name in ("marks", "steer")})
+            if (compressor := method._fresh()) is not None:
+                inside = {name: one for name, one in found.items() if name.startswith("compressor.")}
+                compressor.load_state_dict({name.removeprefix("compressor."): one for name, one in inside.items()})
+                method.compressor = compressor
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
         return method

@@ -1,0 +1,118 @@
+"""A passage in a few columns that a text encoder's heads emit for every block (the knowledge encoder of FIELD.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from byheart.base import Base
+from byheart.decode import batches
+from byheart.encoder import Encoder
+from byheart.kv import KV
+from byheart.methods.prefix.behind import Columns
+from byheart.methods.prefix.cache import Cache, digest_of
+from byheart.retrieve import searchable
+from byheart.segment import Passage
+
+# Width of what all blocks' heads read: a head from the encoder's states to every block at once would be far larger.
+_RANK = 256
+_ATTENTION_HEADS = 4
+# Tokens read at once.
+_READ = 4_096
+
+
+class Heads(nn.Module):
+    """``n`` queries look at a passage's token states; heads make keys and values for every block of what they find.
+
+    A column is one of real text plus, times a gate that is zero at first, what the heads say, scaled to the length of
+    that real column. So training begins at the base model behind a text that it knows, and not at noise in its cache.
+    """
+
+    def __init__(self, begin: KV, dim: int, seed: int) -> None:
+        """Take the columns of real text, the width of the encoder's states and what weights are drawn from."""
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.queries = nn.Parameter(torch.randn(begin.columns, _RANK))
+            self.inward = nn.Linear(dim, _RANK)
+            self.look = nn.MultiheadAttention(_RANK, _ATTENTION_HEADS, batch_first=True)
+            self.norm = nn.LayerNorm(_RANK)
+            self.mix = nn.Sequential(nn.Linear(_RANK, 2 * _RANK), nn.GELU(), nn.Linear(2 * _RANK, _RANK))
+            pairs = zip(begin.keys, begin.values, strict=True)
+            self.out = nn.ModuleList(
+                nn.Linear(_RANK, key.shape[0] * (key.shape[2] + value.shape[2])) for key, value in pairs
+            )
+        self.gates = nn.Parameter(torch.zeros(len(begin.keys), 2))
+        self.keys = nn.ParameterList(one.detach().float().clone() for one in begin.keys)
+        self.values = nn.ParameterList(one.detach().float().clone() for one in begin.values)
+        self.to(begin.keys[0].device)
+
+    def __len__(self) -> int:
+        """How many columns a passage gets."""
+        return int(self.queries.shape[0])
+
+    def read(self, states: Tensor, mask: Tensor, dtype: torch.dtype) -> Columns:
+        """Columns (rows, kv_heads, n, head_dim) a layer, from token states (rows, tokens, dim) and their mask."""
+        inside = self.inward(states.float())
+        asked = self.queries[None].expand(len(states), -1, -1)
+        seen, _ = self.look(asked, inside, inside, key_padding_mask=~mask.bool(), need_weights=False)
+        seen = seen + asked
+        seen = seen + self.mix(self.norm(seen))
+        columns: Columns = []
+        for out, gate, key, value in zip(self.out, self.gates, self.keys, self.values, strict=True):
+            heads, _, size = key.shape
+            both = out(seen).unflatten(-1, (heads, -1)).transpose(1, 2)  # (rows, heads, n, key and value)
+            made = (
+                real + part * _unit(said) * real.norm(dim=-1, keepdim=True)
+                for real, said, part in ((key, both[..., :size], gate[0]), (value, both[..., size:], gate[1]))
+            )
+            one, two = (tensor.to(dtype) for tensor in made)
+            columns.append((one, two))
+        return columns
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return functional.normalize(vectors, dim=-1)
+
+
+class Emitted(Cache):
+    """Passages in the columns that heads emit for them, at the place of the first passage."""
+
+    def __init__(self, whole: Cache, heads: Heads, encoder: Encoder) -> None:
+        super().__init__(whole.base, whole.form, whole.files, whole.rotation, whole.first)
+        self._heads, self._encoder, self._digest = heads, encoder, digest_of(heads)
+
+    def path(self, passage: Passage) -> Path:
+        """A passage's file; other heads, another file."""
+        return self.files.path(super().path(passage).name, self._digest)
+
+    def columns(self, passage: Passage) -> int:
+        """How many columns a passage takes."""
+        return len(self._heads)
+
+    def fresh(self, passages: Sequence[Passage]) -> list[KV]:
+        """Columns of passages that are not on disk."""
+        found: dict[int, KV] = {}
+        lengths = [self._encoder.tokens(searchable(passage)) for passage in passages]
+        for batch in batches(lengths, lambda count, longest: count * longest <= _READ):
+            with torch.no_grad():
+                columns = emitted(self.base, self._heads, self._encoder, [passages[n] for n in batch])
+            for row, n in enumerate(batch):
+                found[n] = KV(
+                    tuple(key[row].clone() for key, _ in columns),
+                    tuple(value[row].clone() for _, value in columns),
+                    self.start,
+                    self.start + len(self._heads),
+                )
+        return [found[n] for n in range(len(passages))]
+
+
+def emitted(base: Base, heads: Heads, encoder: Encoder, passages: Sequence[Passage]) -> Columns:
+    """The heads' columns for passages, with gradients to the heads."""
+    with torch.no_grad():
+        states, mask = encoder.states([searchable(passage) for passage in passages])
+    return heads.read(states, mask, base.dtype)
