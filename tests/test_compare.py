@@ -25,6 +25,12 @@ def test_one_answers_metrics():
     assert found["answer_probability"] == pytest.approx(0.36788, abs=1e-4)
     assert found["recall@1"] == 0 and found["recall@5"] == 1 and found["mrr"] == 0.5
     assert question_metrics(ASK, Answer("q", skipped="why")) == {}
+    # What does not stand in the passages that were read is not supported by them; declining claims nothing.
+    said = {
+        text: question_metrics(ASK, Answer("q", text=text, evidence=(PAGE,))) for text in ("Mara", "Nobody else", "")
+    }
+    assert said["Mara"]["hallucination"] == 0 and said["Nobody else"]["hallucination"] == 1
+    assert "hallucination" not in question_metrics(ASK, Answer("q", text="Mara")) and "hallucination" not in said[""]
     none = Question(id="n", question="who", answerable=False)
     assert question_metrics(none, Answer("n", text="Unknown"))["em"] == 1
     assert question_metrics(none, Answer("n", text="Mara"))["em"] == 0

@@ -27,6 +27,7 @@ from byheart.errors import DataError
 from byheart.ledger import Ledger
 from byheart.methods import Answer, LearnReport, Method, Settings, method_class
 from byheart.progress import Silent
+from byheart.retrieve import searchable
 from byheart.rows import Question, Split
 from byheart.score import (
     abstained,
@@ -46,7 +47,7 @@ from byheart.storage import fingerprint, write_json, write_text
 EVALUATED: tuple[Split, ...] = ("validation", "test")
 RECALL_AT = (1, 5, 10)
 # What is compared between methods, where both have it.
-PAIRED = ("em", "f1", "contains", "accuracy", "answer_probability")
+PAIRED = ("em", "f1", "contains", "accuracy", "answer_probability", "hallucination")
 _LABEL_RESAMPLES = 1_000
 RowT = TypeVar("RowT")
 
@@ -162,7 +163,8 @@ def question_metrics(question: Question, answer: Answer) -> dict[str, float]:
     """One answer's metrics, each between 0 and 1. A skipped question has none.
 
     For a question that has no answer, the right one is to abstain, and ``em``, ``f1`` and ``contains`` say whether
-    that happened (SQuAD 2.0's convention).
+    that happened (SQuAD 2.0's convention). ``hallucination`` is 1 where an answer does not stand in the passages that
+    were read for it.
     """
     if answer.skipped is not None:
         return {}
@@ -174,6 +176,9 @@ def question_metrics(question: Question, answer: Answer) -> dict[str, float]:
     else:
         values["em"] = values["f1"] = values["contains"] = abstained(answer.text)
     values["abstained"] = abstained(answer.text)
+    if answer.evidence and not values["abstained"]:
+        read = "\n".join(map(searchable, answer.evidence))
+        values["hallucination"] = 1.0 - contains(read, [answer.text])
     if answer.reference is not None:
         values["answer_probability"] = math.exp(answer.reference)
     if question.answers and answer.choice is not None and answer.choice_calibrated is not None:

@@ -32,6 +32,7 @@ QUALITY = (
     ("macro_f1", "macro-F1", "over the labels, each counted alike"),
     ("answer_probability", "p(answer)", "per-token probability of the first right answer"),
     ("abstained", "abstains", "share of answers that decline"),
+    ("hallucination", "unsupported", "share of answers that do not stand in the passages that were read for them"),
 )
 RETRIEVAL = (
     ("recall@1", "recall@1", "share of right documents behind the first passage"),
@@ -67,7 +68,9 @@ def remarks(run: dict[str, Any]) -> list[str]:
     for name, method in run["methods"].items():
         asked = run["questions"]["asked"]
         found += [f"{name}: {count} of {asked} questions skipped: {why}" for why, count in method["skipped"].items()]
-        found += [f"{name}: {count} facts left out: {why}" for why, count in method.get("left_out", {}).items()]
+        found += [
+            f"{name}: {count} of the ledger's rows left out: {why}" for why, count in method.get("left_out", {}).items()
+        ]
         found += [f"{name}: {note}" for note in method.get("notes", [])]
     return found
 
