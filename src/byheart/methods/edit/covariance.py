@@ -61,12 +61,12 @@ def second_moments(
 
 
 def token_count(base: Base, option: int, source: str) -> int:
-    """How many tokens to take: ``option`` times d_ff; where it is 0, 160 times of a given text, 10 of the model's own.
+    """How many tokens to take: ``option`` times d_ff; where it is 0, 200 times of a given text, 10 of the model's own.
 
     The more tokens, the less an edit disturbs text (300 facts: neighbours' margins by 6 % from 40 to 120 times); but
     what no text is given for the model must write, and that takes minutes.
     """
-    return (option or (10 if source == OWN else 160)) * base.parts.d_ff
+    return (option or (10 if source == OWN else 200)) * base.parts.d_ff
 
 
 def _read(path: Path) -> Tensor | None:

@@ -49,7 +49,7 @@ class EditOptions(WriteOptions, TargetOptions):
         prefixes: texts of the model's own that each prompt is also edited behind.
         paraphrases: edit behind the facts' own paraphrases, too, where the ledger has any.
         text: ordinary text for the second moment: ``own`` (the model writes it), ``ledger`` (its documents) or a file.
-        tokens: of that text, as a multiple of d_ff; 0: 160 of a given text, 10 where the model must write it.
+        tokens: of that text, as a multiple of d_ff; 0: 200 of a given text, 10 where the model must write it.
         rounds: how often targets are sought. From the second time on it is in the model with all edits written, so that
             a fact's target makes up for what the other edits move around it.
         merge: seek and write one change for all facts about one subject (MEMIT-Merge).

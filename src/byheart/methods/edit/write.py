@@ -42,7 +42,7 @@ class WriteOptions:
         energy: for ``nullspace``, the share of C's trace that stays untouched.
     """
 
-    weight: float = 0.85
+    weight: float = 0.7
     scatter: float = 1.0
     spread: solve.Spread = "even"
     constraint: Constraint = "none"
