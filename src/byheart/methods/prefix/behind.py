@@ -70,6 +70,20 @@ def side_by_side(*parts: Columns) -> Columns:
     ]
 
 
+def split(columns: Columns, starts: Sequence[int]) -> list[KV]:
+    """Each row of columns as a stretch of its own, from position ``start`` on."""
+    count = columns[0][0].shape[2]
+    return [
+        KV(
+            tuple(key[row].clone() for key, _ in columns),
+            tuple(value[row].clone() for _, value in columns),
+            start,
+            start + count,
+        )
+        for row, start in enumerate(starts)
+    ]
+
+
 def cache_of(columns: Columns) -> Cache:
     """Columns as a cache that a forward reads and leaves as it is."""
     return Cache(layers=[Frozen(key, value) for key, value in columns])

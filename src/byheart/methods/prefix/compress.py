@@ -16,7 +16,7 @@ from byheart.base import Base
 from byheart.blocks import Frozen
 from byheart.decode import batches, token_ids
 from byheart.kv import KV
-from byheart.methods.prefix.behind import Columns, padded_pasts
+from byheart.methods.prefix.behind import Columns, padded_pasts, split
 from byheart.methods.prefix.cache import Cache, digest_of
 from byheart.segment import Passage
 from byheart.surgery import altered
@@ -101,11 +101,5 @@ class Compressed(Cache):
             pasts = [self._whole.past([], [block]) for block in blocks]
             with torch.no_grad():
                 columns = self._compressor.read(self.base, pasts)
-            for row, (n, block) in enumerate(zip(batch, blocks, strict=True)):
-                found[n] = KV(
-                    tuple(key[row].clone() for key, _ in columns),
-                    tuple(value[row].clone() for _, value in columns),
-                    block.end,
-                    block.end + len(self._compressor),
-                )
+            found |= zip(batch, split(columns, [block.end for block in blocks]), strict=True)
         return [found[n] for n in range(len(passages))]

@@ -13,7 +13,7 @@ from byheart.base import Base
 from byheart.decode import batches
 from byheart.encoder import Encoder
 from byheart.kv import KV
-from byheart.methods.prefix.behind import Columns
+from byheart.methods.prefix.behind import Columns, split
 from byheart.methods.prefix.cache import Cache, digest_of
 from byheart.retrieve import searchable
 from byheart.segment import Passage
@@ -101,13 +101,7 @@ class Emitted(Cache):
         for batch in batches(lengths, lambda count, longest: count * longest <= _READ):
             with torch.no_grad():
                 columns = emitted(self.base, self._heads, self._encoder, [passages[n] for n in batch])
-            for row, n in enumerate(batch):
-                found[n] = KV(
-                    tuple(key[row].clone() for key, _ in columns),
-                    tuple(value[row].clone() for _, value in columns),
-                    self.start,
-                    self.start + len(self._heads),
-                )
+            found |= zip(batch, split(columns, [self.start] * len(batch)), strict=True)
         return [found[n] for n in range(len(passages))]
 
 
