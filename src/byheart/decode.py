@@ -372,7 +372,7 @@ class _Causal(_Work):
         before, width = max(behind), len(rest[0])
         capacity = before + width + max(self.max_new, self.longest_option(rows))
         cache = Cache(layers=[layer.repeated(len(rows), capacity) for layer in self.layers])
-        for number, layer in enumerate(cache.layers):
+        for number, layer in enumerate(cache.layers if self.longest_past else ()):
             layer.fill([[(one.keys[number], one.values[number]) for one in past] for past in pasts], before)
         mask = torch.tensor(
             [

@@ -48,12 +48,6 @@ class KV:
         """What they take."""
         return sum(one.numel() * one.element_size() for one in (*self.keys, *self.values))
 
-    def to(self, like: Tensor) -> KV:
-        """The same on another device, in another type."""
-        return replace(
-            self, keys=tuple(one.to(like) for one in self.keys), values=tuple(one.to(like) for one in self.values)
-        )
-
 
 def length(past: Sequence[KV]) -> int:
     """How many columns some stretches have together."""
@@ -70,24 +64,29 @@ def joined(blocks: Sequence[KV]) -> KV:
     )
 
 
+def begun(base: Base, head: KV | None, rows: int = 1) -> Cache:
+    """A cache for so many rows that begins with ``head``, and grows."""
+    # Plain layers, not the model's own choice: those of sliding windows would drop columns.
+    cache = Cache(layers=[DynamicLayer() for _ in base.parts.blocks])
+    if head is not None:
+        for number, (key, value) in enumerate(zip(head.keys, head.values, strict=True)):
+            cache.update(*(one[None].expand(rows, -1, -1, -1) for one in (key, value)), number)
+    return cache
+
+
 def read(base: Base, rows: Sequence[Sequence[int]], head: KV | None = None, start: int | None = None) -> list[KV]:
     """Keys and values of each row of tokens, read behind ``head`` and without the other rows.
 
     Args:
         head: what all rows look back at.
         start: the position of their first tokens; by default right behind the head.
-
     """
     if not rows:
         return []
     ids, mask, places = right_padded(rows, base.device)
     before = 0 if head is None else head.columns
     start = (0 if head is None else head.end) if start is None else start
-    # Plain layers, not the model's own choice: those of sliding windows would drop columns.
-    cache = Cache(layers=[DynamicLayer() for _ in base.parts.blocks])
-    if head is not None:
-        for number, (key, value) in enumerate(zip(head.keys, head.values, strict=True)):
-            cache.update(*(one[None].expand(len(rows), -1, -1, -1) for one in (key, value)), number)
+    cache = begun(base, head, len(rows))
     with torch.inference_mode(), fast_attention(base.model):
         base.model(
             input_ids=ids,
@@ -202,8 +201,8 @@ def _rotary_calls(base: Base) -> list[_RotaryCall | None]:
 def check(base: Base) -> Rotation | None:
     """Prove that keys and values can be kept for this model; returns what moves them, None where nothing can.
 
-    Two tests on made-up text: read behind kept keys and values, padding in between, the model gives the logits that it
-    gives in one go; and kept keys that were moved are those of a fresh reading at the new place.
+    Two tests on made-up text: read behind kept keys and values, the model gives the logits that it gives in one go; and
+    kept keys that were moved are those of a fresh reading at the new place.
 
     Raises:
         DataError: where the first fails (nothing that is kept would be worth anything then), and for encoder-decoders.
@@ -215,14 +214,11 @@ def check(base: Base) -> Rotation | None:
     with torch.inference_mode():
         whole = base.model(input_ids=torch.tensor([ids], device=base.device), use_cache=False).logits[0, len(one) :]
         kept = read(base, [one])[0]
-        cache = Cache(layers=[DynamicLayer() for _ in base.parts.blocks])
-        for number, (key, value) in enumerate(zip(kept.keys, kept.values, strict=True)):
-            cache.update(key[None], value[None], number)
         behind = base.model(
             input_ids=torch.tensor([two], device=base.device),
             attention_mask=torch.ones(1, len(ids), device=base.device, dtype=torch.long),
             position_ids=torch.arange(len(one), len(ids), device=base.device)[None],
-            past_key_values=cache,
+            past_key_values=begun(base, kept),
         ).logits[0]
     if not _alike(behind, whole):
         worst = float((behind.float() - whole.float()).abs().max())

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -32,6 +33,12 @@ class _TokenLoss(torch.autograd.Function):
         """Softmax minus one-hot, times what comes down."""
         (found,) = ctx.saved_tensors
         return found.mul_(gradient[:, None]).to(ctx.dtype), None, None
+
+
+def drift(logits: Tensor, plain: Tensor, wide: torch.dtype = torch.float32) -> Tensor:
+    """KL(plain || logits) between two sets of logits (n, vocabulary), a mean over n; computed in ``wide``."""
+    both = (logits.to(wide).log_softmax(-1), plain.to(wide).log_softmax(-1))
+    return functional.kl_div(*both, log_target=True, reduction="batchmean")
 
 
 def token_loss(logits: Tensor, label: Tensor, wide: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

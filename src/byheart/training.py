@@ -80,6 +80,11 @@ class Trained:
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
+    def course(self, epochs: int) -> str:
+        """The loss at the start and in the last of so many epochs, in words."""
+        tail = self.losses[-max(1, len(self.losses) // epochs) :]
+        return f"loss {self.losses[0]:.3f} at the start, {sum(tail) / len(tail):.3f} in the last epoch"
+
 
 def train(
     module: nn.Module,

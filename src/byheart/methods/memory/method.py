@@ -202,11 +202,9 @@ class Memory(Closed):
         for path in self._folder.glob("*.states"):
             path.unlink()  # a training that is done needs them no more
         self.pieces, self.losses = list(pieces), trained.losses
-        tail = trained.losses[-max(1, orders.steps // options.epochs) :]
         note = (
-            f"{orders.steps} steps, {sum(len(r.ids) for r in several[0]):,} tokens an epoch; loss "
-            f"{trained.losses[0]:.3f} at the start, {sum(tail) / len(tail):.3f} in the last epoch; {ready:.0f} s for "
-            "hidden states"
+            f"{orders.steps} steps, {sum(len(r.ids) for r in several[0]):,} tokens an epoch; "
+            f"{trained.course(options.epochs)}; {ready:.0f} s for hidden states"
         )
         return trained, (note,)
 

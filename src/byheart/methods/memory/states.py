@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Stretch, returns_tuples
 from byheart.decode import READ_TOKENS, batches
-from byheart.losses import token_loss
+from byheart.losses import drift, token_loss
 from byheart.methods.memory.adapter import Place, attached
 from byheart.padding import right_padded
 from byheart.storage import replacing
@@ -117,5 +116,4 @@ class Upper:
         with torch.no_grad():
             plain, _ = self.labelled(rows, hidden, plain=True)
         logits, _ = self.labelled(rows, hidden)
-        both = (logits.float().log_softmax(-1), plain.float().log_softmax(-1))
-        return functional.kl_div(*both, log_target=True, reduction="batchmean")
+        return drift(logits, plain)

@@ -13,7 +13,7 @@ from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.decode import slides
 from byheart.errors import DataError
-from byheart.kv import KV, joined
+from byheart.kv import KV, begun, joined
 from byheart.surgery import stopped_at
 
 # Where a token's keys and values moved most in the second block, they do above it, too (section 4 there).
@@ -84,11 +84,8 @@ def blended(base: Base, head: KV | None, blocks: Sequence[KV], ids: Sequence[Seq
 def _moved(base: Base, head: KV | None, tokens: Tensor, stale: KV) -> Tensor:
     """How far each token's keys and values are, in one low block, from those of a reading in one go (squared)."""
     blocks = base.parts.blocks
-    cache = Cache(layers=[DynamicLayer() for _ in blocks])
+    cache = begun(base, head)
     before = 0 if head is None else head.columns
-    if head is not None:
-        for number, (key, value) in enumerate(zip(head.keys, head.values, strict=True)):
-            cache.update(key[None], value[None], number)
     places = torch.arange(stale.start, stale.start + tokens.shape[1], device=base.device)[None]
     with torch.inference_mode(), fast_attention(base.model), stopped_at(blocks[_LOOKS_AT + 1].module):
         base.model(input_ids=tokens, position_ids=places, past_key_values=cache, use_cache=True)

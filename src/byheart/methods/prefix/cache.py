@@ -119,3 +119,19 @@ class Cache:
         each = round(sum(tokens) / max(len(tokens), 1) * self.files.column_bytes(kv.read(self.base, [[0]])[0]))
         self.files.check_room(each * count - bytes_under(self.files.folder))
         return count, each
+
+
+class Few(Cache):
+    """The same passages in a few columns each, which something learnt makes."""
+
+    def __init__(self, whole: Cache, maker: nn.Module, count: int) -> None:
+        vars(self).update(vars(whole))  # the beginning is read already
+        self.whole, self._count, self._digest = whole, count, digest_of(maker)
+
+    def path(self, passage: Passage) -> Path:
+        """A passage's file; another maker, another file."""
+        return self.files.path(self.whole.path(passage).name, self._digest)
+
+    def columns(self, passage: Passage) -> int:
+        """How many columns a passage takes."""
+        return self._count

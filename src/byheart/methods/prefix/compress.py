@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from byheart.blocks import Frozen
 from byheart.decode import batches, token_ids
 from byheart.kv import KV
 from byheart.methods.prefix.behind import Columns, padded_pasts, split
-from byheart.methods.prefix.cache import Cache, digest_of
+from byheart.methods.prefix.cache import Cache, Few
 from byheart.segment import Passage
 from byheart.surgery import altered
 
@@ -76,29 +75,21 @@ class Compressor(nn.Module):
         return [layer.noted for layer in layers]
 
 
-class Compressed(Cache):
+class Compressed(Few):
     """Passages in a few columns each, made from their keys and values behind the same beginning."""
 
     def __init__(self, whole: Cache, compressor: Compressor) -> None:
-        super().__init__(whole.base, whole.form, whole.files, whole.rotation, whole.first)
-        self._whole, self._compressor, self._digest = whole, compressor, digest_of(compressor)
-
-    def path(self, passage: Passage) -> Path:
-        """A passage's file; other marks, another file."""
-        return self.files.path(self._whole.path(passage).name, self._digest)
-
-    def columns(self, passage: Passage) -> int:
-        """How many columns a passage takes."""
-        return len(self._compressor)
+        super().__init__(whole, compressor, len(compressor))
+        self._compressor = compressor
 
     def fresh(self, passages: Sequence[Passage]) -> list[KV]:
         """Columns of passages that are not on disk."""
         found: dict[int, KV] = {}
-        lengths = [self._whole.columns(passage) for passage in passages]
+        lengths = [self.whole.columns(passage) for passage in passages]
         head = 0 if self.head is None else self.head.columns
         for batch in batches(lengths, lambda count, longest: count * (longest + head) <= _READ):
-            blocks = self._whole.encode([passages[n] for n in batch], kept=False)
-            pasts = [self._whole.past([], [block]) for block in blocks]
+            blocks = self.whole.encode([passages[n] for n in batch], kept=False)
+            pasts = [self.whole.past([], [block]) for block in blocks]
             with torch.no_grad():
                 columns = self._compressor.read(self.base, pasts)
             found |= zip(batch, split(columns, [block.end for block in blocks]), strict=True)

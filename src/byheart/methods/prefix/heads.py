@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from byheart.decode import batches
 from byheart.encoder import Encoder
 from byheart.kv import KV
 from byheart.methods.prefix.behind import Columns, split
-from byheart.methods.prefix.cache import Cache, digest_of
+from byheart.methods.prefix.cache import Cache, Few
+from byheart.methods.prefix.slots import Slots
 from byheart.retrieve import searchable
 from byheart.segment import Passage
 
@@ -47,8 +47,7 @@ class Heads(nn.Module):
                 nn.Linear(_RANK, key.shape[0] * (key.shape[2] + value.shape[2])) for key, value in pairs
             )
         self.gates = nn.Parameter(torch.zeros(len(begin.keys), 2))
-        self.keys = nn.ParameterList(one.detach().float().clone() for one in begin.keys)
-        self.values = nn.ParameterList(one.detach().float().clone() for one in begin.values)
+        self.real = Slots(begin)
         self.to(begin.keys[0].device)
 
     def __len__(self) -> int:
@@ -63,7 +62,7 @@ class Heads(nn.Module):
         seen = seen + asked
         seen = seen + self.mix(self.norm(seen))
         columns: Columns = []
-        for out, gate, key, value in zip(self.out, self.gates, self.keys, self.values, strict=True):
+        for out, gate, key, value in zip(self.out, self.gates, self.real.keys, self.real.values, strict=True):
             heads, _, size = key.shape
             both = out(seen).unflatten(-1, (heads, -1)).transpose(1, 2)  # (rows, heads, n, key and value)
             made = (
@@ -79,20 +78,12 @@ def _unit(vectors: Tensor) -> Tensor:
     return functional.normalize(vectors, dim=-1)
 
 
-class Emitted(Cache):
+class Emitted(Few):
     """Passages in the columns that heads emit for them, at the place of the first passage."""
 
     def __init__(self, whole: Cache, heads: Heads, encoder: Encoder) -> None:
-        super().__init__(whole.base, whole.form, whole.files, whole.rotation, whole.first)
-        self._heads, self._encoder, self._digest = heads, encoder, digest_of(heads)
-
-    def path(self, passage: Passage) -> Path:
-        """A passage's file; other heads, another file."""
-        return self.files.path(super().path(passage).name, self._digest)
-
-    def columns(self, passage: Passage) -> int:
-        """How many columns a passage takes."""
-        return len(self._heads)
+        super().__init__(whole, heads, len(heads))
+        self._heads, self._encoder = heads, encoder
 
     def fresh(self, passages: Sequence[Passage]) -> list[KV]:
         """Columns of passages that are not on disk."""

@@ -106,7 +106,9 @@ class Prefix(Context):
         if options.passages == "none" and not options.slots:
             raise UsageError("--set prefix.passages=none: leaves nothing to answer from; learn some with prefix.slots")
         if options.encoder != "cache" and (options.blend or options.passages == "none"):
-            raise UsageError("--set prefix.encoder=compressed: needs retrieved passages, and has no tokens to blend")
+            raise UsageError(
+                f"--set prefix.encoder={options.encoder}: needs retrieved passages, and has no tokens to blend"
+            )
         try:
             self._rotation = kv.check(base)
         except DataError as error:
@@ -195,9 +197,11 @@ class Prefix(Context):
     def answer(self, questions: Sequence[Question], progress: Progress = lambda count: None) -> list[Answer]:
         """Answers with the passages that were found; their time counts the search and what had to be encoded."""
         # What stands before every question is the same without passages: nothing to search for.
-        ask = super().answer if self.options.passages == "retrieved" else super(Context, self).answer
+        answered = super().answer if self.options.passages == "retrieved" else super(Context, self).answer
         step = max(1, _HELD // max(self.settings.k, 1))
-        return [answer for n in range(0, len(questions), step) for answer in ask(questions[n : n + step], progress)]
+        return [
+            answer for n in range(0, len(questions), step) for answer in answered(questions[n : n + step], progress)
+        ]
 
     def read(
         self, questions: Sequence[Question], passages: Sequence[Sequence[Passage] | None], progress: Progress
@@ -293,11 +297,7 @@ class Prefix(Context):
         if not self._keeps or compressor is not None:
             for path in set(self._files.folder.rglob("*.safetensors")) - before:
                 path.unlink()
-        tail = trained.losses[-max(1, orders.steps // options.epochs) :]
-        note = (
-            f"{len(found)} training questions, {orders.steps} steps; loss {trained.losses[0]:.3f} at the start, "
-            f"{sum(tail) / len(tail):.3f} in the last epoch"
-        )
+        note = f"{len(found)} training questions, {orders.steps} steps; {trained.course(options.epochs)}"
         return replace(report, seconds=ready + trained.seconds, skipped=skipped, notes=(note,))
 
     def _fresh(self) -> Compressor | Heads | None:

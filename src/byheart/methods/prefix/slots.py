@@ -37,7 +37,9 @@ def chosen_columns(source: KV, count: int) -> KV:
         DataError: where the text has fewer.
     """
     if count > source.columns:
-        raise DataError(f"prefix.slots={count}: the text that they begin as has only {source.columns} tokens")
+        raise DataError(
+            f"prefix: {count} columns to learn, and the text that they begin as has only {source.columns} tokens"
+        )
     places = torch.linspace(0, source.columns - 1, count).round().long()
     places = places.to(source.keys[0].device)
     return KV(tuple(k[:, places] for k in source.keys), tuple(v[:, places] for v in source.values), 0, len(places))

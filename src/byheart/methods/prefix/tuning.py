@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from byheart.base import Base
 from byheart.decode import option_ids, token_ids
 from byheart.gold import gold_passages
 from byheart.ledger import Ledger
-from byheart.losses import token_loss
+from byheart.losses import drift, token_loss
 from byheart.methods.contract import Progress
 from byheart.methods.prefix.behind import Columns, Sample, answer_logits
 from byheart.prompt import PromptFormat
@@ -115,8 +114,7 @@ def tune(
         if distil and given.whole is not None:
             with torch.no_grad():
                 told, _ = answer_logits(base, [], given.whole)
-            both = (logits.to(base.wide).log_softmax(-1), told.to(base.wide).log_softmax(-1))
-            total = total + distil * functional.kl_div(*both, log_target=True, reduction="batchmean")
+            total = total + distil * drift(logits, told, base.wide)
         return total
 
     return train(learnt, loss, recipe, store, progress)
