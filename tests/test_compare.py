@@ -4,7 +4,7 @@ import os
 import pytest
 
 from byheart.answer import answer_all, read_answers
-from byheart.compare import choose_questions, compare, pairs, question_metrics, summarise
+from byheart.compare import choose_questions, compare, pairs, question_metrics, scored, summarise
 from byheart.errors import DataError, UsageError
 from byheart.methods import BASELINES, METHODS, Answer, LearnReport, Settings, method_class, parse_methods
 from byheart.prompt import FORM_EXAMPLES, PromptFormat, as_sentence, choose_examples
@@ -40,7 +40,8 @@ def test_one_answers_metrics():
     open_end = Question(id="o", question="?", choices=["yes", "no"], answerable=False)
     missed = Answer("o", text="", choice="no", choice_calibrated="no", ranked=())
     assert "accuracy" not in question_metrics(open_end, missed)
-    assert "micro_f1" not in summarise([open_end], [missed], LearnReport(), 0)["metrics"]
+    rows = scored([open_end], [missed])
+    assert "micro_f1" not in summarise([open_end], [missed], rows, LearnReport(), 0)["metrics"]
     # A search that found nothing is a miss, not a question that does not count.
     assert question_metrics(ASK, Answer("q", text="x", ranked=()))["recall@5"] == 0
 
@@ -48,10 +49,12 @@ def test_one_answers_metrics():
 def test_a_skipped_question_is_counted_and_not_scored():
     questions = [ASK, ASK.model_copy(update={"id": "r"})]
     answers = [Answer("q", text="Tole", seconds=0.5), Answer("r", skipped="no document")]
-    found = summarise(questions, answers, LearnReport(seconds=2, bytes=3), seed=0)
+    rows = scored(questions, answers)
+    found = summarise(questions, answers, rows, LearnReport(seconds=2, bytes=3), seed=0)
     assert found["metrics"]["em"] == 1 and found["asked"] == 1 and found["skipped"] == {"no document": 1}
     assert (found["query_ms"], found["write_seconds"], found["bytes"]) == (500, 2, 3)
-    (em, *_) = pairs(questions, {"one": answers, "two": [Answer("q", text="x"), Answer("r", text="Tole")]}, 0)
+    others = scored(questions, [Answer("q", text="x"), Answer("r", text="Tole")])
+    (em, *_) = pairs({"one": rows, "two": others}, 0)
     assert (em["method"], em["against"], em["questions"], em["difference"]) == ("two", "one", 1, -1)
 
 

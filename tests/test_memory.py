@@ -466,6 +466,7 @@ def test_the_loop_is_adamw(tmp_path):
 
 
 def test_self_study_keeps_only_what_the_page_bears_out(base, tmp_path, monkeypatch):
+    from byheart.methods import study as shared
     from byheart.methods.memory import study as module
     from byheart.segment import Passage
 
@@ -474,7 +475,8 @@ def test_self_study_keeps_only_what_the_page_bears_out(base, tmp_path, monkeypat
     def fake(base, jobs, **options):
         return [type("Done", (), {"text": text}) for text in next(said)]
 
-    monkeypatch.setattr(module, "complete", fake)
+    for one in (shared, module):
+        monkeypatch.setattr(one, "complete", fake)
     passage = Passage("bridge", "Bridge", "The bridge opened in 1931 at long last.", 0, 39)
     pieces = list(module.study(base, ask(base), [passage], 2, 0, ask(base)))
     assert [(p.kind, p.owner, p.answer) for p in pieces] == [

@@ -267,7 +267,7 @@ def test_learnt_columns_answer_better_and_are_kept(tiny, small, tmp_path):
     told = []
     report = method.learn(small, told.append)
     assert report.skipped == {"no passage holds its answer": 1, "names no document": 1}
-    assert sum(told) == 3 and "2 training questions, 60 steps" in report.notes[0]
+    assert sum(told) == 3 and "2 questions to learn from, 60 steps" in report.notes[0]
     first, last = (float(word) for word in re.findall(r"\d+\.\d+", report.notes[0]))
     assert last < 0.9 * first
     assert not list((tmp_path / "work").rglob("prefix/**/*.safetensors"))  # none was to be kept

@@ -18,9 +18,12 @@ import torch
 from byheart import embedded
 from byheart.errors import DataError, UsageError, first_line
 from byheart.parts import Parts, find_parts
+from byheart.quantized import quantize
 from byheart.storage import sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Not a type to compute in: the weights are packed, and computed with in the type that would be chosen without it.
+INT8 = "int8"
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Base:
         tokenizer: its tokeniser, with a padding token.
         parts: where its blocks, attention, MLPs, norm and head are.
         folder: where its files lie; None for a model made in memory.
+        packed: whether the weights are kept in 8 bits; such a model is read and learnt through, never changed.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Base:
     tokenizer: Any
     parts: Parts
     folder: Path | None = None
+    packed: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +93,8 @@ class Base:
                 digest.update(sha256(file).encode())
         config = {k: v for k, v in self.model.config.to_dict().items() if k not in _PLACE_AND_VERSION}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        if self.packed:
+            digest.update(INT8.encode())
         return digest.hexdigest()[:32]
 
 
@@ -111,14 +118,14 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The type to run in: the one named, else bf16 where the processor computes in it, else fp32.
+    """The type to compute in: the one named, else bf16 where the processor computes in it, else fp32.
 
     Raises:
         UsageError: where the name is unknown.
     """
-    if name is not None:
+    if name not in (None, INT8):
         if name not in DTYPES:
-            raise UsageError(f"--dtype {name}: unknown; one of {', '.join(DTYPES)}")
+            raise UsageError(f"--dtype {name}: unknown; one of {', '.join([*DTYPES, INT8])}")
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16
@@ -157,7 +164,7 @@ def load_base(
     # transformers raises many types for files that are wrong in many ways; each ends in the same one sentence.
     except Exception as error:
         raise DataError(f"{name}: cannot be loaded as a model ({first_line(error)})") from error
-    return make_base(name, model.to(target), tokenizer, folder=path)
+    return make_base(name, model.to(target), tokenizer, folder=path, packed=dtype == INT8)
 
 
 def model_folder(name: str, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -186,13 +193,18 @@ def model_files(folder: Path) -> list[Path]:
     return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
-def make_base(name: str, model: Any, tokenizer: Any, *, folder: Path | None = None) -> Base:
+def make_base(name: str, model: Any, tokenizer: Any, *, folder: Path | None = None, packed: bool = False) -> Base:
     """Wrap a loaded transformers model; finds and checks its parts.
+
+    Args:
+        packed: keep the weights in 8 bits from here on.
 
     Raises:
         DataError: where a part cannot be found (the message names it).
     """
     model.eval().requires_grad_(False)
+    if packed:
+        quantize(model)
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     try:
@@ -200,7 +212,7 @@ def make_base(name: str, model: Any, tokenizer: Any, *, folder: Path | None = No
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
     kind: Literal["causal", "seq2seq"] = "seq2seq" if model.config.is_encoder_decoder else "causal"
-    return Base(name=name, kind=kind, model=model, tokenizer=tokenizer, parts=parts, folder=folder)
+    return Base(name=name, kind=kind, model=model, tokenizer=tokenizer, parts=parts, folder=folder, packed=packed)
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:

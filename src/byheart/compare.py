@@ -9,7 +9,7 @@ import platform
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from itertools import combinations
@@ -24,6 +24,7 @@ from byheart.answer import answer_all
 from byheart.base import Base
 from byheart.encoder import EncoderCard
 from byheart.errors import DataError
+from byheart.judges import Judge
 from byheart.ledger import Ledger
 from byheart.methods import Answer, LearnReport, Method, Settings, method_class
 from byheart.progress import Silent
@@ -47,9 +48,10 @@ from byheart.storage import fingerprint, write_json, write_text
 EVALUATED: tuple[Split, ...] = ("validation", "test")
 RECALL_AT = (1, 5, 10)
 # What is compared between methods, where both have it.
-PAIRED = ("em", "f1", "contains", "accuracy", "answer_probability", "hallucination")
+PAIRED = ("em", "f1", "contains", "bertscore", "bleurt", "accuracy", "answer_probability", "hallucination")
 _LABEL_RESAMPLES = 1_000
 RowT = TypeVar("RowT")
+Metrics = dict[str, float]  # one answer's metrics
 
 
 def compare(
@@ -61,6 +63,7 @@ def compare(
     *,
     splits: Sequence[Split] = EVALUATED,
     limit: int | None = None,
+    judges: Sequence[Judge] = (),
     origin: dict[str, Any] | None = None,
     progress: Silent | None = None,
 ) -> dict[str, Any]:
@@ -72,6 +75,7 @@ def compare(
         methods: names from :data:`byheart.methods.METHODS`.
         splits: which questions are asked; ``train`` ones never are unless named here.
         limit: ask only so many, drawn by the seed over all kinds.
+        judges: further metrics, that need models of their own.
         origin: what the data is and where it came from, for the record.
 
     Returns:
@@ -89,6 +93,7 @@ def compare(
         "methods": {},
     }
     answers: dict[str, list[Answer]] = {}
+    rows: dict[str, list[Metrics]] = {}
     for name, method in _made(methods, base, settings, out, run, show).items():
         if estimate := method.estimate(ledger):
             show.say(estimate)
@@ -100,11 +105,12 @@ def compare(
         )  # fmt: skip
         with show.bar(f"{name}: questions", len(questions)) as tick:
             answers[name] = answer_all(method, questions, out / "answers" / f"{name}.jsonl", mark, on_done=tick)
-        run["methods"][name] = summarise(questions, answers[name], report, settings.seed)
+        rows[name] = scored(questions, answers[name], judges)
+        run["methods"][name] = summarise(questions, answers[name], rows[name], report, settings.seed)
         run.setdefault("encoder", encoder_record(method))
-    run["pairs"] = pairs(questions, answers, settings.seed)
+    run["pairs"] = pairs(rows, settings.seed)
     write_json(out / "run.json", run)
-    write_answers(out / "answers.jsonl", questions, answers)
+    write_answers(out / "answers.jsonl", questions, answers, rows)
     return run
 
 
@@ -159,7 +165,7 @@ def drawn(rows: list[RowT], limit: int | None, seed: int) -> list[RowT]:
 # -- scoring -------------------------------------------------------------------------------------------------
 
 
-def question_metrics(question: Question, answer: Answer) -> dict[str, float]:
+def question_metrics(question: Question, answer: Answer) -> Metrics:
     """One answer's metrics, each between 0 and 1. A skipped question has none.
 
     For a question that has no answer, the right one is to abstain, and ``em``, ``f1`` and ``contains`` say whether
@@ -168,7 +174,7 @@ def question_metrics(question: Question, answer: Answer) -> dict[str, float]:
     """
     if answer.skipped is not None:
         return {}
-    values: dict[str, float] = {}
+    values: Metrics = {}
     if question.answerable:
         values["em"] = exact_match(answer.text, question.answers)
         values["f1"] = token_f1(answer.text, question.answers)
@@ -181,6 +187,8 @@ def question_metrics(question: Question, answer: Answer) -> dict[str, float]:
         values["hallucination"] = 1.0 - contains(read, [answer.text])
     if answer.reference is not None:
         values["answer_probability"] = math.exp(answer.reference)
+    if answer.token_accuracy is not None:
+        values["token_accuracy"] = answer.token_accuracy
     if question.answers and answer.choice is not None and answer.choice_calibrated is not None:
         values["accuracy"] = float(answer.choice in question.answers)
         values["accuracy_calibrated"] = float(answer.choice_calibrated in question.answers)
@@ -192,11 +200,25 @@ def question_metrics(question: Question, answer: Answer) -> dict[str, float]:
     return values
 
 
-def summarise(
-    questions: Sequence[Question], answers: Sequence[Answer], report: LearnReport, seed: int
-) -> dict[str, Any]:
-    """A method's entry in ``run.json``: means with 95 % bootstrap intervals, over all questions and kind by kind."""
+def scored(questions: Sequence[Question], answers: Sequence[Answer], judges: Sequence[Judge] = ()) -> list[Metrics]:
+    """All answers' metrics; what judges say of an answerable question's answer stands beside the others."""
     rows = [question_metrics(q, a) for q, a in zip(questions, answers, strict=True)]
+    judged = [n for n, (q, a) in enumerate(zip(questions, answers, strict=True)) if q.answerable and a.skipped is None]
+    for judge in judges:
+        values = judge.scores([answers[n].text for n in judged], [questions[n].answers for n in judged])
+        for n, value in zip(judged, values, strict=True):
+            rows[n][judge.name] = value
+    return rows
+
+
+def summarise(
+    questions: Sequence[Question], answers: Sequence[Answer], rows: Sequence[Metrics], report: LearnReport, seed: int
+) -> dict[str, Any]:
+    """A method's entry in ``run.json``: means with 95 % bootstrap intervals, over all questions and kind by kind.
+
+    Args:
+        rows: what :func:`scored` gives.
+    """
     asked = [a for a in answers if a.skipped is None]
     metrics, intervals = means(rows, seed)
     labelled = [(q.answers, a.choice) for q, a in zip(questions, answers, strict=True) if q.answers and a.choice]
@@ -228,11 +250,8 @@ def summarise(
     }
 
 
-def pairs(questions: Sequence[Question], answers: dict[str, list[Answer]], seed: int) -> list[dict[str, Any]]:
+def pairs(rows: Mapping[str, Sequence[Metrics]], seed: int) -> list[dict[str, Any]]:
     """Differences between every two methods on the questions that both answered, with intervals and p-values."""
-    rows = {
-        name: [question_metrics(q, a) for q, a in zip(questions, given, strict=True)] for name, given in answers.items()
-    }
     found = []
     for theirs, ours in combinations(rows, 2):
         for metric in PAIRED:
@@ -253,7 +272,7 @@ def pairs(questions: Sequence[Question], answers: dict[str, list[Answer]], seed:
     return found
 
 
-def means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+def means(rows: Sequence[Metrics], seed: int) -> tuple[Metrics, dict[str, list[float]]]:
     """The mean of each metric over the rows that have it, and its 95 % interval."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row[name] for row in rows if name in row] for name in names}
@@ -280,14 +299,16 @@ def _label_intervals(truth: Sequence[str], given: Sequence[str], seed: int) -> d
 # -- the record ----------------------------------------------------------------------------------------------
 
 
-def write_answers(path: Path, questions: Sequence[Question], answers: dict[str, list[Answer]]) -> None:
+def write_answers(
+    path: Path, questions: Sequence[Question], answers: dict[str, list[Answer]], rows: Mapping[str, Sequence[Metrics]]
+) -> None:
     """``answers.jsonl``: a row a question and method, with its metrics."""
     lines = []
     for place, question in enumerate(questions):
         for name, given in answers.items():
             answer = given[place]
             row = {"method": name, "kind": question.kind, "question_text": question.question} | asdict(answer)
-            row |= {"answers": question.answers, "metrics": question_metrics(question, answer)}
+            row |= {"answers": question.answers, "metrics": rows[name][place]}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
 

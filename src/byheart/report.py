@@ -31,6 +31,9 @@ QUALITY = (
     ("micro_f1", "micro-F1", "over the labels"),
     ("macro_f1", "macro-F1", "over the labels, each counted alike"),
     ("answer_probability", "p(answer)", "per-token probability of the first right answer"),
+    ("token_accuracy", "tokens", "share of the first right answer's tokens that are the likeliest, given those before"),
+    ("bertscore", "BERTScore", "how alike the tokens of the answer and of the best right one are, to the encoder"),
+    ("bleurt", "BLEURT", "how well the answer says what the best right one says, to a model trained on ratings"),
     ("abstained", "abstains", "share of answers that decline"),
     ("hallucination", "unsupported", "share of answers that do not stand in the passages that were read for them"),
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from byheart.encoder import Encoder
 from byheart.errors import DataError
@@ -19,6 +20,8 @@ from byheart.rows import Document
 from byheart.segment import DEFAULT, Passage, parse_preset, segment
 from byheart.storage import new_folder, read_json, write_json
 
+# Question vectors (n, dim) to such as find better passages.
+Turn = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 Mode = Literal["dense", "bm25", "hybrid"]
 MODES: tuple[Mode, ...] = ("dense", "bm25", "hybrid")
 _DOCUMENTS_A_STEP = 256
@@ -32,8 +35,9 @@ _POOL = 100
 class Retriever:
     """Finds passages for questions in an index."""
 
-    def __init__(self, index: Index, encoder: Encoder, mode: Mode = "hybrid") -> None:
-        self.index, self.encoder, self.mode = index, encoder, mode
+    def __init__(self, index: Index, encoder: Encoder, mode: Mode = "hybrid", turn: Turn | None = None) -> None:
+        """Take an index, the encoder that it was made with, and what question vectors are put through, if anything."""
+        self.index, self.encoder, self.mode, self.turn = index, encoder, mode, turn
         self._lexical = Lexical(index) if mode != "dense" else None
 
     def retrieve(self, questions: Sequence[str], k: int) -> list[list[Passage]]:
@@ -58,7 +62,8 @@ class Retriever:
     def _ranked(self, questions: Sequence[str], pool: int) -> list[list[tuple[int, float]]]:
         dense: list[dict[int, float]] = [{} for _ in questions]
         if self.mode != "bm25":
-            scores, rows = self.index.search(self.encoder.encode(questions), pool)
+            vectors = self.encoder.encode(questions)
+            scores, rows = self.index.search(vectors if self.turn is None else self.turn(vectors), pool)
             dense = [dict(zip(r.tolist(), s.tolist(), strict=True)) for r, s in zip(rows, scores, strict=True)]
         if self._lexical is None:
             return [list(hits.items()) for hits in dense]
@@ -141,6 +146,13 @@ def searchable(passage: Passage) -> str:
     return f"{passage.title}\n{passage.text}" if passage.title else passage.text
 
 
+def embedded(encoder: Encoder, passages: Sequence[Passage], preset: str) -> NDArray[np.float32]:
+    """Vectors (n, dim) of passages of a preset, as an index holds them."""
+    size, _ = parse_preset(preset)
+    # A window counts its own tokens; title and special tokens come on top.
+    return encoder.encode([searchable(passage) for passage in passages], max_tokens=size + _TITLE_ROOM)
+
+
 def index_ledger(
     ledger: Ledger,
     path: Path,
@@ -204,9 +216,7 @@ def _put(
 ) -> None:
     """Index ``documents``, out with what the index held of ``remove``, and note ``state``: one step, whole or not."""
     began = time.perf_counter()
-    size, _ = parse_preset(preset)
     passages = list(segment(documents, encoder.splitter, preset))
-    # A window counts its own tokens; title and special tokens come on top.
-    vectors = encoder.encode([searchable(p) for p in passages], max_tokens=size + _TITLE_ROOM)
+    vectors = embedded(encoder, passages, preset)
     seconds = index.state("seconds", 0.0) + time.perf_counter() - began
     index.change(remove=remove, passages=passages, vectors=vectors, state=state | {"seconds": seconds})

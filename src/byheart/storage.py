@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,24 @@ def read_card(path: Path, *keys: str) -> dict[str, Any]:
     if not isinstance(card, dict) or any(key not in card for key in keys):
         raise DataError(f"{path}: not what byheart writes there (it lacks {' or '.join(keys)})")
     return card
+
+
+def resumed(
+    path: Path, mark: str, items: Sequence[Any], step: int, make: Callable[[Sequence[Any]], Sequence[Any]]
+) -> list[Any]:
+    """What ``make`` gives for each item, as JSON holds it, ``step`` items at a time.
+
+    A file that an earlier run with the same ``mark`` left at ``path`` is gone on from.
+    """
+    try:
+        kept = read_json(path)
+        rows: list[Any] = kept["rows"] if kept["mark"] == mark else []
+    except (DataError, KeyError, TypeError):
+        rows = []
+    for start in range(len(rows), len(items), step):
+        rows += make(items[start : start + step])
+        write_json(path, {"mark": mark, "rows": rows})
+    return rows
 
 
 def check_replaceable(target: Path, marker: str) -> None:

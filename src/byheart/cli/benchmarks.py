@@ -14,6 +14,7 @@ from byheart.cli.comparing import run_comparison
 from byheart.cli.options import (
     AsJson,
     BaseName,
+    BleurtName,
     Chat,
     Device,
     DtypeName,
@@ -28,6 +29,7 @@ from byheart.cli.options import (
     Seed,
     Segment,
     Shots,
+    WithBertScore,
     make_settings,
     parse_method_names,
     parse_method_options,
@@ -59,6 +61,8 @@ def _bench_nq(
     max_new_tokens: MaxNew = 24,
     split: Annotated[str, typer.Option("--split", help="validation, or train (for choosing settings).")] = "validation",
     limit: Limit = None,
+    bertscore: WithBertScore = False,
+    bleurt: BleurtName = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: DtypeName = None,
@@ -70,7 +74,7 @@ def _bench_nq(
 
     settings = make_settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
     names = parse_method_names(methods)
-    _bench(nq(data, corpus), base, names, out, settings, split, limit, device, dtype, as_json)
+    _bench(nq(data, corpus), base, names, out, settings, split, limit, (bertscore, bleurt), device, dtype, as_json)
 
 
 @app.command("triviaqa")
@@ -89,6 +93,8 @@ def _bench_triviaqa(
     max_new_tokens: MaxNew = 24,
     split: Annotated[str, typer.Option("--split", help="validation, or train (for choosing settings).")] = "validation",
     limit: Limit = None,
+    bertscore: WithBertScore = False,
+    bleurt: BleurtName = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: DtypeName = None,
@@ -100,7 +106,9 @@ def _bench_triviaqa(
 
     settings = make_settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
     names = parse_method_names(methods)
-    _bench(triviaqa(data, corpus), base, names, out, settings, split, limit, device, dtype, as_json)
+    _bench(
+        triviaqa(data, corpus), base, names, out, settings, split, limit, (bertscore, bleurt), device, dtype, as_json
+    )
 
 
 Texts = Annotated[
@@ -277,7 +285,7 @@ def _shots(text: str) -> tuple[int, ...]:
 
 def _bench(
     benchmark: Any, base: str, names: list[str], out: Path, settings: Settings, split: str, limit: int | None,
-    device: str | None, dtype: str | None, as_json: bool,
+    judged: tuple[bool, str | None], device: str | None, dtype: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     from byheart.benchmarks import load_benchmark
     from byheart.progress import Terminal
@@ -285,7 +293,7 @@ def _bench(
     splits = parse_splits(split)
     ledger, origin = load_benchmark(benchmark, out / "ledger.db", Terminal().say)
     with ledger:
-        run_comparison(ledger, base, names, out, settings, splits, limit, device, dtype, as_json, origin)
+        run_comparison(ledger, base, names, out, settings, splits, limit, judged, device, dtype, as_json, origin)
 
 
 def _edit_bench(

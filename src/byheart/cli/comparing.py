@@ -12,6 +12,7 @@ import typer
 from byheart.cli.options import (
     AsJson,
     BaseName,
+    BleurtName,
     Chat,
     Device,
     DtypeName,
@@ -27,6 +28,7 @@ from byheart.cli.options import (
     Seed,
     Segment,
     Shots,
+    WithBertScore,
     make_settings,
     parse_method_names,
     parse_splits,
@@ -54,6 +56,8 @@ def _compare(
     max_new_tokens: MaxNew = 24,
     split: Annotated[str, typer.Option("--split", help="Which questions to ask.")] = "validation,test",
     limit: Limit = None,
+    bertscore: WithBertScore = False,
+    bleurt: BleurtName = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: DtypeName = None,
@@ -66,7 +70,8 @@ def _compare(
     settings = make_settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
     names, splits = parse_method_names(methods), parse_splits(split)
     with Ledger(ledger) as opened:
-        run_comparison(opened, base, names, out, settings, splits, limit, device, dtype, as_json, {})
+        judged = (bertscore, bleurt)
+        run_comparison(opened, base, names, out, settings, splits, limit, judged, device, dtype, as_json, {})
 
 
 @app.command("report")
@@ -84,17 +89,30 @@ def _report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder 
 
 def run_comparison(
     ledger: Any, base: str, names: list[str], out: Path, settings: Settings, splits: list[Any], limit: int | None,
-    device: str | None, dtype: str | None, as_json: bool, origin: dict[str, Any],
+    judged: tuple[bool, str | None], device: str | None, dtype: str | None, as_json: bool, origin: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Compare, and print the table, what stands out, and where the page is."""
+    """Compare, and print the table, what stands out, and where the page is.
+
+    Args:
+        judged: whether BERTScore is measured, and the checkpoint of BLEURT where it is.
+    """
     from byheart.base import load_base
     from byheart.compare import compare
+    from byheart.encoder import load_encoder
+    from byheart.judges import BertScore, Bleurt, Judge
     from byheart.progress import Terminal
     from byheart.report import before_after, remarks, summary_table, write_report
 
     show = Terminal()
     model = load_base(base, device=device, dtype=dtype, say=show.say)
-    run = compare(ledger, model, names, out, settings, splits=splits, limit=limit, origin=origin, progress=show)
+    judges: list[Judge] = []
+    if judged[0]:
+        judges.append(BertScore(load_encoder(settings.encoder, device=device, say=show.say)))
+    if judged[1]:
+        judges.append(Bleurt(judged[1], device))
+    run = compare(
+        ledger, model, names, out, settings, splits=splits, limit=limit, judges=judges, origin=origin, progress=show
+    )
     report = write_report(out)
     if as_json:
         print(json.dumps(run, ensure_ascii=False, indent=2))

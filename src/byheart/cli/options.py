@@ -31,9 +31,14 @@ Chat = Annotated[bool, typer.Option("--chat", help="Ask through the model's chat
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="What everything random is drawn from.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Ask only so many questions, drawn by the seed.")]
+WithBertScore = Annotated[bool, typer.Option("--bertscore", help="Also measure BERTScore, with the text encoder.")]
+BleurtName = Annotated[
+    str | None, typer.Option("--bleurt", help="Also measure BLEURT, with this checkpoint: a folder or Hub id.")
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...; by default CUDA where it is.")]
 DtypeName = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default what is fast.")
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16, float16, or int8 (packed weights); by default what is fast."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Options = Annotated[

@@ -115,6 +115,7 @@ class Answer:
         score: mean log-probability of a generated token.
         reference: mean log-probability of a token of the question's first answer (of its likeliest right choice),
             written in the answer's place; None where the question has none.
+        token_accuracy: the share of that answer's tokens that are the likeliest, given those before.
         choice, choice_calibrated: for a question with choices, the likeliest one (length-normalised; with the
             likelihood that it has without the question subtracted).
         evidence: the passages that the model read for it.
@@ -128,6 +129,7 @@ class Answer:
     text: str = ""
     score: float = 0.0
     reference: float | None = None
+    token_accuracy: float | None = None
     choice: str | None = None
     choice_calibrated: str | None = None
     evidence: tuple[Passage, ...] = ()

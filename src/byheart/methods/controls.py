@@ -155,7 +155,7 @@ class Context(_Control):
         """Replace or remove the changed document's passages in the index."""
         index = self._retriever.index
         seconds = follow(index, self.encoder, self.settings.segment, change)
-        self._retriever = Retriever(index, self.encoder, self.settings.retriever)
+        self._retriever = Retriever(index, self.encoder, self.settings.retriever, self._retriever.turn)
         return LearnReport(seconds=seconds, bytes=index.bytes, documents=int(change.kind == "document"))
 
     def answer(self, questions: Sequence[Question], progress: Progress = _NOTHING) -> list[Answer]:

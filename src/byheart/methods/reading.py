@@ -71,21 +71,23 @@ def _answer(
     completion: Completion,
     without: dict[tuple[str, ...], tuple[float, ...]],
 ) -> Answer:
-    reference, choice, calibrated = None, None, None
+    reference, hits, choice, calibrated = None, None, None, None
     if question.choices:
         scores = completion.options
         choice = _likeliest(question.choices, scores)
         free = without[tuple(question.choices)]
         calibrated = _likeliest(question.choices, [a - b for a, b in zip(scores, free, strict=True)])
-        right = [s for text, s in zip(question.choices, scores, strict=True) if text in question.answers]
-        reference = max(right) if right else None
+        both = zip(question.choices, zip(scores, completion.hits, strict=True), strict=True)
+        right = [found for text, found in both if text in question.answers]
+        reference, hits = max(right) if right else (None, None)
     elif completion.options:
-        reference = completion.options[0]
+        reference, hits = completion.options[0], completion.hits[0]
     return Answer(
         question=question.id,
         text=completion.text,
         score=completion.logprob,
         reference=reference,
+        token_accuracy=hits,
         choice=choice,
         choice_calibrated=calibrated,
         evidence=tuple(given or ()),

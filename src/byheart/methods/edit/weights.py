@@ -32,6 +32,8 @@ class ChangedWeights(Closed):
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         if base.kind != "causal":
             raise DataError(f"{self.name}: {base.name} is an encoder-decoder model; editing needs a decoder-only one")
+        if base.packed:
+            raise DataError(f"{self.name}: {base.name} keeps its weights in 8 bits; editing needs --dtype bfloat16")
         super().__init__(base, settings, work)
         self.deltas: Deltas = {}
 

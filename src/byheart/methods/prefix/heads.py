@@ -54,17 +54,21 @@ class Heads(nn.Module):
         """How many columns a passage gets."""
         return int(self.queries.shape[0])
 
-    def read(self, states: Tensor, mask: Tensor, dtype: torch.dtype) -> Columns:
-        """Columns (rows, kv_heads, n, head_dim) a layer, from token states (rows, tokens, dim) and their mask."""
+    def find(self, states: Tensor, mask: Tensor) -> Tensor:
+        """What the queries find (rows, n, 256) in token states (rows, tokens, dim) with their mask."""
         inside = self.inward(states.float())
         asked = self.queries[None].expand(len(states), -1, -1)
         seen, _ = self.look(asked, inside, inside, key_padding_mask=~mask.bool(), need_weights=False)
         seen = seen + asked
-        seen = seen + self.mix(self.norm(seen))
+        found: Tensor = seen + self.mix(self.norm(seen))
+        return found
+
+    def columns(self, found: Tensor, dtype: torch.dtype) -> Columns:
+        """Columns (rows, kv_heads, n, head_dim) a layer, from what was found."""
         columns: Columns = []
         for out, gate, key, value in zip(self.out, self.gates, self.real.keys, self.real.values, strict=True):
             heads, _, size = key.shape
-            both = out(seen).unflatten(-1, (heads, -1)).transpose(1, 2)  # (rows, heads, n, key and value)
+            both = out(found).unflatten(-1, (heads, -1)).transpose(1, 2)  # (rows, heads, n, key and value)
             made = (
                 real + part * _unit(said) * real.norm(dim=-1, keepdim=True)
                 for real, said, part in ((key, both[..., :size], gate[0]), (value, both[..., size:], gate[1]))
@@ -98,6 +102,11 @@ class Emitted(Few):
 
 def emitted(base: Base, heads: Heads, encoder: Encoder, passages: Sequence[Passage]) -> Columns:
     """The heads' columns for passages, with gradients to the heads."""
+    return heads.columns(looked_up(heads, encoder, passages), base.dtype)
+
+
+def looked_up(heads: Heads, encoder: Encoder, passages: Sequence[Passage]) -> Tensor:
+    """What the heads' queries find in passages (rows, n, 256), with gradients to the heads."""
     with torch.no_grad():
         states, mask = encoder.states([searchable(passage) for passage in passages])
-    return heads.read(states, mask, base.dtype)
+    return heads.find(states, mask)

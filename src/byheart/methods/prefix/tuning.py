@@ -1,10 +1,10 @@
-"""Training questions as lessons for learnt columns: each with the passage that it would find, and its answer."""
+"""Training questions as lessons for learnt columns, and the loss that they are learnt with: cross-entropy and terms."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,32 +19,43 @@ from byheart.methods.contract import Progress
 from byheart.methods.prefix.behind import Columns, Sample, answer_logits
 from byheart.prompt import PromptFormat
 from byheart.retrieve import Retriever
+from byheart.rows import Question
 from byheart.score import contains, normalize
 from byheart.segment import Passage
 from byheart.training import Orders, Recipe, Trained, train
 
 # Behind an answer, so that where it ends is learnt, too.
 _END = "\n\n"
+# Lessons read at once.
+_READ = 16
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A training question's tokens and those of an answer, with the passages that hold it."""
+    """A question's tokens and those of an answer, with the passages that hold it.
+
+    Attributes:
+        group: what the fairness term tells questions apart by.
+        weight: how much it counts.
+    """
 
     passages: tuple[Passage, ...]
     asked: tuple[int, ...]
     answer: tuple[int, ...]
+    group: str = ""
+    weight: float = 1.0
 
 
-def lessons(
-    ledger: Ledger, base: Base, form: PromptFormat, retriever: Retriever | None, segment: str
-) -> tuple[list[Lesson], dict[str, int]]:
-    """A lesson for each training question that names a document, and why others are left out, counted.
+def lesson(base: Base, form: PromptFormat, question: Question, answer: str, passages: Sequence[Passage]) -> Lesson:
+    """A question with one of its answers as a lesson."""
+    tail = form.pieces(question.question, (), question.choices)[2]
+    ids = token_ids(base.tokenizer, tail, beginning=False)
+    continued = option_ids(base.tokenizer, tail, ids, form.continuation(answer) + _END, beginning=False)
+    return Lesson(tuple(passages), tuple(ids), tuple(continued), question.kind)
 
-    The passage is the one that is found first, where it holds an answer, as it will be when questions are asked; else
-    a window of the question's own document that does. Without a ``retriever`` there are no passages, and no document
-    is needed. Questions that stand among the examples are left out.
-    """
+
+def to_learn_from(ledger: Ledger, form: PromptFormat) -> tuple[list[Question], dict[str, int]]:
+    """The training questions that can be learnt from, and why others are left out, counted."""
     shown = {normalize(example.question) for example in form.examples}
     left_out: Counter[str] = Counter()
     asked = []
@@ -53,68 +64,160 @@ def lessons(
             left_out["stands among the examples"] += 1
         elif not question.answers:
             left_out["has no answer"] += 1
-        elif retriever is not None and not question.documents:
-            left_out["names no document"] += 1
         else:
             asked.append(question)
-    ranked = retriever.retrieve([question.question for question in asked], 1) if retriever and asked else []
+    return asked, dict(left_out)
+
+
+def lessons(
+    ledger: Ledger, base: Base, form: PromptFormat, retriever: Retriever, segment: str, *, needed: bool = True
+) -> tuple[list[Lesson], dict[str, int]]:
+    """A lesson for each training question, and why others are left out, counted.
+
+    The passage is the one that is found first, where it holds an answer, as it will be when questions are asked; else
+    a window of the question's own document that does. Where passages are not ``needed``, a question that has none is
+    a lesson without.
+    """
+    asked, skipped = to_learn_from(ledger, form)
+    left_out = Counter(skipped)
+    if needed:
+        left_out["names no document"] += sum(not question.documents for question in asked)
+        asked = [question for question in asked if question.documents]
+    ranked = retriever.retrieve([question.question for question in asked], 1) if asked else []
     found = []
-    for n, question in enumerate(asked):
-        passages: tuple[Passage, ...] = ()
-        answers = question.answers
-        if retriever is not None:
-            own = gold_passages(ledger, question, retriever.encoder.splitter, segment)
-            held = next((one for one in (*ranked[n], *own) if contains(one.text, question.answers)), None)
-            if held is None:
-                left_out["no passage holds its answer"] += 1
-                continue
-            passages, answers = (held,), [text for text in question.answers if contains(held.text, [text])]
-        tail = form.pieces(question.question, (), question.choices)[2]
-        ids = token_ids(base.tokenizer, tail, beginning=False)
-        continued = option_ids(base.tokenizer, tail, ids, form.continuation(answers[0]) + _END, beginning=False)
-        found.append(Lesson(passages, tuple(ids), tuple(continued)))
-    return found, dict(left_out)
+    for question, first in zip(asked, ranked, strict=True):
+        own = gold_passages(ledger, question, retriever.encoder.splitter, segment)
+        held = next((one for one in (*first, *own) if contains(one.text, question.answers)), None)
+        if held is None and needed:
+            left_out["no passage holds its answer"] += 1
+            continue
+        answer = next((text for text in question.answers if held and contains(held.text, [text])), question.answers[0])
+        found.append(lesson(base, form, question, answer, () if held is None else (held,)))
+    return found, dict(+left_out)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Lessons ready for a step: columns with gradients, and samples behind them; the same with nothing left out.
+    """Lessons ready for a step: columns with gradients, and samples behind them.
 
     Attributes:
-        whole: samples behind their whole passages, to be told from; None where nothing is.
+        whole: samples behind their whole passages with nothing left out, to be told from; empty where nothing is.
+        states: what the encoder says of each passage, before heads make columns of it (rows, n, dim), where it does.
     """
 
     first: Columns
     samples: list[Sample]
-    whole: list[Sample] | None = None
+    whole: list[Sample]
+    states: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is added to the cross-entropy of the answers, each with its weight.
+
+    Attributes:
+        distil: KL(behind the whole passage || behind what is learnt) at the answers' tokens.
+        vicreg: variance and covariance of what the encoder says of the batch's passages (Bardes et al. 2022).
+        fair: by how much the loss of the worst-off group of questions in the batch is above that of the best-off one.
+        wrong: the mass that the distribution of an answer's first token keeps when the passage is exchanged for that of
+            another question: Σ_v min(p, q).
+    """
+
+    distil: float = 0.0
+    vicreg: float = 0.0
+    fair: float = 0.0
+    wrong: float = 0.0
 
 
 def tune(
     base: Base,
     learnt: nn.Module,
-    batch: Callable[[Sequence[int]], Batch],
+    found: Sequence[Lesson],
+    batch: Callable[[Sequence[Lesson]], Batch],
     orders: Orders,
     recipe: Recipe,
-    distil: float,
+    terms: Terms,
     store: Path,
     progress: Progress,
 ) -> Trained:
-    """Train columns on lessons: cross-entropy of the answers through the frozen model.
-
-    Args:
-        batch: lessons by their numbers.
-        distil: weight of KL(behind the whole passages || behind the columns) at the answers' tokens.
-    """
+    """Train columns on lessons through the frozen model."""
 
     def loss(step: int) -> Tensor:
         _, numbers = orders.batch(step)
-        given = batch(numbers)
+        some = [found[n] for n in numbers]
+        given = batch(some)
         logits, label = answer_logits(base, given.first, given.samples)
-        total = token_loss(logits, label, base.wide)[0].mean()
-        if distil and given.whole is not None:
+        each = of_lessons(token_loss(logits, label, base.wide)[0], some)
+        tokens = sum(len(one.answer) for one in some)
+        total = torch.stack([one.weight * value for one, value in zip(some, each, strict=True)]).sum() / tokens
+        if terms.distil and given.whole:
             with torch.no_grad():
                 told, _ = answer_logits(base, [], given.whole)
-            total = total + distil * drift(logits, told, base.wide)
+            total = total + terms.distil * drift(logits, told, base.wide)
+        if terms.vicreg and given.states is not None:
+            total = total + terms.vicreg * spread(given.states)
+        if terms.fair:
+            total = total + terms.fair * gap(
+                [value / len(one.answer) for one, value in zip(some, each, strict=True)], [one.group for one in some]
+            )
+        if terms.wrong:
+            total = total + terms.wrong * _kept(base, batch, some, logits)
         return total
 
     return train(learnt, loss, recipe, store, progress)
+
+
+def likelihoods(base: Base, found: Sequence[Lesson], batch: Callable[[Sequence[Lesson]], Batch]) -> list[float]:
+    """log p of each lesson's answer, all tokens together."""
+    each: list[float] = []
+    for start in range(0, len(found), _READ):
+        some = found[start : start + _READ]
+        given = batch(some)
+        logits, label = answer_logits(base, given.first, given.samples)
+        each += [-float(value) for value in of_lessons(token_loss(logits, label, base.wide)[0], some)]
+    return each
+
+
+def of_lessons(each: Tensor, some: Sequence[Lesson]) -> list[Tensor]:
+    """The sum over each lesson's own tokens."""
+    return [part.sum() for part in torch.split(each, [len(one.answer) for one in some])]
+
+
+def spread(states: Tensor) -> Tensor:
+    """VICReg's variance and covariance terms (Bardes et al. 2022, section 4.1), for states (rows, n, dim).
+
+    A hinge at a standard deviation of 1 keeps what is said of different passages apart; squared covariances, off the
+    diagonal, keep its numbers from saying the same.
+    """
+    rows = states.flatten(0, 1)
+    rows = rows - rows.mean(0)
+    deviation = (rows.square().mean(0) + 1e-4).sqrt()
+    covariance = rows.T @ rows / max(len(rows) - 1, 1)
+    off = covariance - covariance.diag().diag()
+    return (1 - deviation).clamp(min=0).mean() + off.square().sum() / states.shape[-1]
+
+
+def gap(losses: Sequence[Tensor], groups: Sequence[str]) -> Tensor:
+    """The mean loss of the group that has the highest, minus that of the one that has the lowest."""
+    by_group: dict[str, list[Tensor]] = {}
+    for group, value in zip(groups, losses, strict=True):
+        by_group.setdefault(group, []).append(value)
+    means = torch.stack([torch.stack(values).mean() for values in by_group.values()])
+    return means.max() - means.min()
+
+
+def _kept(base: Base, batch: Callable[[Sequence[Lesson]], Batch], some: Sequence[Lesson], logits: Tensor) -> Tensor:
+    """What the first answer token's distribution keeps behind the next question's passage, a mean over lessons."""
+    pairs = [
+        (n, replace(one, passages=other.passages))
+        for n, (one, other) in enumerate(zip(some, [*some[1:], some[0]], strict=True))
+        if {passage.document for passage in one.passages}.isdisjoint(passage.document for passage in other.passages)
+    ]
+    if not pairs:
+        return logits.new_zeros(())
+    exchanged = batch([one for _, one in pairs])
+    other, _ = answer_logits(base, exchanged.first, [replace(one, answer=one.answer[:1]) for one in exchanged.samples])
+    firsts = torch.tensor([0, *(len(one.answer) for one in some)]).cumsum(0)
+    right = logits[firsts[[n for n, _ in pairs]]]
+    both = (right.to(base.wide).softmax(-1), other.to(base.wide).softmax(-1))
+    return torch.minimum(*both).sum(-1).mean()

@@ -1,0 +1,322 @@
+"""What of the method ``prefix`` is trained: columns before questions, encoders of passages, the questions' turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from byheart import kv
+from byheart.base import Base
+from byheart.decode import token_ids
+from byheart.errors import DataError, UsageError
+from byheart.kv import KV
+from byheart.ledger import Ledger
+from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
+from byheart.methods.controls import Context
+from byheart.methods.prefix.behind import Sample, shared, side_by_side
+from byheart.methods.prefix.cache import Cache
+from byheart.methods.prefix.compress import Compressed, Compressor
+from byheart.methods.prefix.heads import Emitted, Heads, looked_up
+from byheart.methods.prefix.marginal import Turn, learn_turn
+from byheart.methods.prefix.slots import Slots, chosen_columns
+from byheart.methods.prefix.store import Precision, Store
+from byheart.methods.prefix.tuning import Batch, Lesson, Terms, lesson, lessons, likelihoods, to_learn_from, tune
+from byheart.methods.study import ask_itself
+from byheart.progress import scaled
+from byheart.prompt import FORM_EXAMPLES, PromptFormat
+from byheart.retrieve import embedded, searchable
+from byheart.rows import Question
+from byheart.segment import Passage
+from byheart.storage import fingerprint, resumed
+from byheart.training import Orders, Recipe
+
+# Tokens of pages that learnt columns are chosen among.
+_BEGIN = 2_048
+# Passages, or questions, whose answers are on disk before the next ones are worked at.
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class PrefixOptions:
+    """What ``--set prefix.NAME=VALUE`` takes.
+
+    Attributes:
+        store: ``none`` encodes what was retrieved when a question comes; ``disk`` encodes all passages beforehand.
+        precision: of what is on disk: ``model`` (as the model computes) or ``int8`` (about half of bf16).
+        blend: with several passages, the share of their tokens that is read again with all passages in sight.
+        encoder: ``cache``: all of a passage's keys and values; ``compressed``: those of a few learnt marks behind it;
+            ``text``: a few that heads on the text encoder emit.
+        columns: of a passage, where it is not the cache.
+        distil, vicreg, fair, wrong: weights of what training adds to cross-entropy, see
+            :class:`byheart.methods.prefix.tuning.Terms`; ``fair`` goes by the questions' ``kind``.
+        study: of each window of a page, questions that the model asks itself and learns from, too (self-study).
+        realm: of each training question, passages from whose likelihoods of the answer the retriever learns; 0: it does
+            not (:mod:`byheart.methods.prefix.marginal`).
+        passages: ``retrieved`` for each question, or ``none``: the learnt columns are all there is, for every question
+            the same (prefix-tuning; Li and Liang 2021), or a corpus in one cache (Cartridges; Eyuboglu et al. 2025).
+        slots: columns that are learnt from the ledger's training questions and stand before everything; 0: none.
+        begin: what they begin as: the model's keys and values of the ``examples``, or of the ledger's ``pages``.
+        epochs: how often these questions are seen.
+        batch: questions a step.
+        lr, warmup, decay, clip: see :class:`byheart.training.Recipe`.
+    """
+
+    store: Literal["none", "disk"] = "none"
+    precision: Precision = "model"
+    blend: float = 0.0
+    encoder: Literal["cache", "compressed", "text"] = "cache"
+    columns: int = 16
+    distil: float = 0.0
+    vicreg: float = 0.0
+    fair: float = 0.0
+    wrong: float = 0.0
+    study: int = 0
+    realm: int = 0
+    passages: Literal["retrieved", "none"] = "retrieved"
+    slots: int = 0
+    begin: Literal["examples", "pages"] = "examples"
+    epochs: int = 4
+    batch: int = 16
+    lr: float = 0.01
+    warmup: int = 10
+    decay: float = 0.0
+    clip: float = 1.0
+
+
+class Learnt(Context):
+    """Passages' columns, made by the model or by what is learnt, and how that is learnt."""
+
+    name = "prefix"
+
+    def __init__(self, base: Base, settings: Settings, work: Path) -> None:
+        self.options = options = parse_options(PrefixOptions, self.name, settings.options)
+        if options.blend > 1:
+            raise UsageError(f"--set prefix.blend={options.blend}: must be a share, at most 1")
+        for name in ("epochs", "batch", "columns"):
+            if getattr(options, name) < 1:
+                raise UsageError(f"--set prefix.{name}={getattr(options, name)}: must be at least 1")
+        if options.passages == "none" and not options.slots:
+            raise UsageError("--set prefix.passages=none: leaves nothing to answer from; learn some with prefix.slots")
+        if options.encoder != "cache" and (options.blend or options.passages == "none"):
+            raise UsageError(
+                f"--set prefix.encoder={options.encoder}: needs retrieved passages, and has no tokens to blend"
+            )
+        if options.vicreg and options.encoder != "text":
+            raise UsageError(
+                f"--set prefix.vicreg={options.vicreg}: is about what prefix.encoder=text says of passages"
+            )
+        if options.passages == "none" and (options.wrong or options.realm):
+            raise UsageError("--set prefix.passages=none: there are no passages for prefix.wrong or prefix.realm")
+        if options.realm == 1:
+            raise UsageError("--set prefix.realm=1: passages are held against each other; use 2 or more")
+        try:
+            self._rotation = kv.check(base)
+        except DataError as error:
+            raise DataError(f"{self.name}: {error}") from None
+        if settings.k > 1 and self._rotation is None:
+            raise DataError(
+                f"{self.name}: {base.name} cannot have keys moved to another position, so that several passages cannot "
+                "stand behind each other; use --k 1"
+            )
+        super().__init__(base, settings, work)
+        self._files = Store(work / "prefix", options.precision)
+        self._whole: Cache | None = None
+        self._compressed: Cache | None = None
+        self.slots: Slots | None = None
+        self.compressor: Compressor | Heads | None = None
+        self.turn: Turn | None = None
+
+    @property
+    def whole(self) -> Cache:
+        """Passages behind this prompt form's examples."""
+        if self._whole is None or self._whole.form is not self.form:
+            self._whole = Cache(self.base, self.form, self._files, self._rotation, self.options.slots)
+        return self._whole
+
+    @property
+    def cache(self) -> Cache:
+        """The same as questions see them: compressed where they are to be."""
+        if self.compressor is None:
+            return self.whole
+        if self._compressed is None or self._compressed.form is not self.form:
+            self._compressed = (
+                Compressed(self.whole, self.compressor)
+                if isinstance(self.compressor, Compressor)
+                else Emitted(self.whole, self.compressor, self.encoder)
+            )
+        return self._compressed
+
+    def _past(self, passages: Sequence[Passage], blocks: Sequence[KV]) -> tuple[KV, ...]:
+        return self.cache.past(passages, blocks, self.options.blend)
+
+    @property
+    def _keeps(self) -> bool:
+        return self.options.store == "disk"
+
+    @property
+    def _trains(self) -> bool:
+        return bool(self.options.slots) or self.options.encoder != "cache"
+
+    @property
+    def _learnt(self) -> nn.ModuleDict:
+        """All that is learnt, under the names that it has on disk."""
+        there = {"slots": self.slots, "compressor": self.compressor, "turn": self.turn}
+        return nn.ModuleDict({name: one for name, one in there.items() if one is not None})
+
+    def _learnt_bytes(self) -> int:
+        return sum(4 * one.numel() for one in self._learnt.parameters())
+
+    def learnt(self) -> tuple[KV, ...]:
+        """The learnt columns that stand before everything, where there are any."""
+        if self.slots is None:
+            return ()
+        with torch.no_grad():
+            return (self.slots.kv(self.base.dtype),)
+
+    def _tune(self, ledger: Ledger, report: LearnReport, progress: Progress) -> LearnReport:
+        options, base, seed = self.options, self.base, self.settings.seed
+        began = time.perf_counter()
+        # Without passages none is needed, but to be told from.
+        needed = options.passages == "retrieved" or options.distil > 0
+        found, skipped = lessons(ledger, base, self.form, self._retriever, self.settings.segment, needed=needed)
+        if options.study:
+            found += self._studied()
+        if not found:
+            why = "whose document holds its answer" if needed else "with an answer"
+            raise DataError(f"prefix: there is something to learn, and the ledger has no training question {why}")
+        before = set(self._files.folder.rglob("*.safetensors"))
+        self.whole.keep(passage for lesson in found for passage in lesson.passages)
+        orders = Orders([len(found)], options.batch, options.epochs, seed)
+        if options.slots:
+            self.slots = Slots(chosen_columns(self._begin(), options.slots))
+        compressor = self._fresh()
+        learnt = nn.ModuleDict(dict(self._learnt) | ({} if compressor is None else {"compressor": compressor}))
+        mark = fingerprint(base.hash, str(base.dtype), self.form.pieces("", ()), asdict(options), seed, found)
+        recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
+        ready = time.perf_counter() - began
+
+        terms = Terms(options.distil, options.vicreg, options.fair, options.wrong)
+        store = self.work / f"learnt-{mark}.safetensors"
+        tell = scaled(progress, orders.steps, report.documents)
+        trained = tune(
+            base, learnt, found, lambda some: self._batch(some, compressor), orders, recipe, terms, store, tell
+        )
+        self.compressor = compressor  # from here on passages are compressed
+        if not self._keeps or compressor is not None:
+            for path in set(self._files.folder.rglob("*.safetensors")) - before:
+                path.unlink()
+        note = f"{len(found)} questions to learn from, {orders.steps} steps; {trained.course(options.epochs)}"
+        return replace(report, seconds=ready + trained.seconds, skipped=skipped, notes=(note,))
+
+    def _studied(self) -> list[Lesson]:
+        """Lessons that the model makes of the indexed passages itself."""
+        passages = [passage for _, passage in self._retriever.index.all_passages()]
+        count, seed = self.options.study, self.settings.seed
+        mark = fingerprint(self.base.hash, str(self.base.dtype), self.form.examples, passages, count, seed)
+
+        def make(numbers: Sequence[int]) -> list[list[tuple[int, str, str]]]:
+            some = {passages[n]: n for n in numbers}
+            found = ask_itself(self.base, self.form, list(some), count, seed)
+            asked: dict[int, list[tuple[int, str, str]]] = {n: [] for n in numbers}
+            for passage, question, answer in found:
+                asked[some[passage]].append((some[passage], question, answer))
+            return list(asked.values())
+
+        rows = resumed(self.work / f"study-{mark}.json", mark, range(len(passages)), _AT_ONCE, make)
+        return [
+            lesson(self.base, self.form, Question(id=f"study-{n}", question=q, kind="study"), answer, [passages[n]])
+            for found in rows
+            for n, q, answer in found
+        ]
+
+    def _follow_reader(self, ledger: Ledger, report: LearnReport) -> LearnReport:
+        """Turn questions towards passages from which the model, with what it learnt, can tell the answer."""
+        began = time.perf_counter()
+        k, seed = self.options.realm, self.settings.seed
+        asked, _ = to_learn_from(ledger, self.form)
+        ranked = self._retriever.retrieve([question.question for question in asked], k)
+        pairs = [(question, hits) for question, hits in zip(asked, ranked, strict=True) if len(hits) == k]
+        if not pairs:
+            raise DataError(f"prefix.realm: the ledger has no training question for which {k} passages are found")
+        mark = fingerprint(
+            self.base.hash, str(self.base.dtype), self.form.pieces("", ()), asdict(self.options), seed, pairs
+        )
+
+        def read(some: Sequence[tuple[Question, list[Passage]]]) -> list[list[float]]:
+            found = [
+                lesson(self.base, self.form, question, question.answers[0], [hit])
+                for question, hits in some
+                for hit in hits
+            ]
+            with torch.no_grad():
+                each = likelihoods(self.base, found, lambda some: self._batch(some, self.compressor))
+            return [each[n : n + k] for n in range(0, len(each), k)]
+
+        told = resumed(self.work / f"read-{mark}.json", mark, pairs, _AT_ONCE, read)
+        vectors = self.encoder.encode([question.question for question, _ in pairs])
+        hits = embedded(self.encoder, [hit for _, hits in pairs for hit in hits], self.settings.segment)
+        self.turn, trained = learn_turn(
+            vectors,
+            hits.reshape(len(pairs), k, -1),
+            told,
+            self.options.epochs,
+            seed,
+            self.work / f"turn-{mark}.safetensors",
+        )
+        self._retriever.turn = self.turn.turned
+        course = trained.course(self.options.epochs)
+        note = f"the retriever learnt from {len(pairs)} questions with {k} passages each; {course}"
+        return replace(report, seconds=time.perf_counter() - began, notes=(note,))
+
+    def _fresh(self) -> Compressor | Heads | None:
+        """What makes columns of passages, before training."""
+        options = self.options
+        if options.encoder == "compressed":
+            return Compressor(self.base, options.columns)
+        if options.encoder == "text":
+            begin = chosen_columns(self._begin(), options.columns)
+            return Heads(begin, self.encoder.card.dim, self.settings.seed)
+        return None
+
+    def _batch(self, some: Sequence[Lesson], compressor: Compressor | Heads | None) -> Batch:
+        """Lessons behind what is being learnt: slots before all, and columns in the place of the passages."""
+        base, cache = self.base, self.whole
+        pasts = [self._past(one.passages, cache.encode(one.passages, kept=True)) for one in some]
+        ends = [past[-1].end if past else self.options.slots for past in pasts]
+        whole = [Sample(past, one.asked, one.answer, end) for past, one, end in zip(pasts, some, ends, strict=True)]
+        slots = [] if self.slots is None else shared(self.slots.kv(base.dtype), len(some))
+        told = whole if self.options.distil else []
+        if self.options.passages == "none":
+            alone = self._past((), ())
+            return Batch(slots, [replace(one, past=alone, start=cache.start) for one in whole], told)
+        if compressor is None:
+            return Batch(slots, whole, told)
+        head = [] if cache.head is None else shared(cache.head, len(some))
+        seen = None
+        if isinstance(compressor, Compressor):
+            made, starts = compressor.read(base, pasts), ends
+        else:
+            seen = looked_up(compressor, self.encoder, [passage for one in some for passage in one.passages])
+            made, starts = compressor.columns(seen, base.dtype), [cache.start] * len(some)
+        behind = [replace(one, past=(), start=at + len(compressor)) for one, at in zip(whole, starts, strict=True)]
+        return Batch(side_by_side(slots, head, made), behind, told, seen)
+
+    def _begin(self) -> KV:
+        """What learnt columns are chosen among: the model's own keys and values of real text."""
+        tokenizer = self.base.tokenizer
+        if self.options.begin == "pages":
+            ids = token_ids(tokenizer, "", beginning=True)
+            for _, passage in self._retriever.index.all_passages():
+                if len(ids) < _BEGIN:
+                    ids += token_ids(tokenizer, searchable(passage) + "\n\n", beginning=False)
+        else:
+            shown, _, _ = PromptFormat(tokenizer, self.form.examples or FORM_EXAMPLES).pieces("", ())
+            ids = token_ids(tokenizer, shown, beginning=True)
+        limit = getattr(self.base.model.config, "max_position_embeddings", None) or _BEGIN
+        return kv.read(self.base, [ids[: min(_BEGIN, limit)]])[0]

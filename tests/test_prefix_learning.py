@@ -1,0 +1,259 @@
+"""What training adds to cross-entropy, self-study, and the retriever that learns from the reader."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from byheart.errors import DataError, UsageError
+from byheart.ledger import Ledger
+from byheart.methods import Settings
+from byheart.methods.prefix import learnt, tuning
+from byheart.methods.prefix.marginal import learn_turn, marginal_loss
+from byheart.methods.prefix.method import Prefix
+from byheart.methods.prefix.tuning import Batch, Lesson
+from byheart.retrieve import searchable
+from byheart.rows import Document, Question
+from byheart.storage import resumed
+
+PAGES = {
+    "quay": "Ostrand Quay lies on the Tessary Coast, and its lamp was lit in 1931.",
+    "vell": "The harbour of Vell holds nine boats and a lifeboat.",
+    "orl": "The Orl rises in Lake Sennet and reaches the sea at Port Averil.",
+    "flag": "The flag of Dunmore Vale is made of wool.",
+}
+ASKED = [
+    ("When was the lamp lit?", "1931", "quay", "direct"),
+    ("How many boats does Vell hold?", "nine", "vell", "direct"),
+    ("Where does the Orl rise?", "Lake Sennet", "orl", "place"),
+    ("What is the flag made of?", "wool", "flag", "direct"),
+]
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    made = Ledger(tmp_path / "small.db", create=True)
+    made.insert(Document(id=name, text=text) for name, text in PAGES.items())
+    made.insert(
+        Question(id=f"t{n}", question=text, answers=[answer], documents=[page], kind=kind, split="train")
+        for n, (text, answer, page, kind) in enumerate(ASKED)
+    )
+    return made
+
+
+def prefix(base, work, shots=0, **options):
+    return Prefix(base, Settings(shots=shots, options={f"prefix.{k}": str(v) for k, v in options.items()}), work)
+
+
+# -- the retriever ---------------------------------------------------------------------------------------------
+
+
+def test_the_marginals_gradient_is_realms():
+    torch.manual_seed(0)
+    relevance = torch.randn(1, 5, dtype=torch.float64, requires_grad=True)
+    likelihood = torch.randn(1, 5, dtype=torch.float64) - 2
+    loss = marginal_loss(relevance, likelihood)
+    (gradient,) = torch.autograd.grad(loss, relevance)
+    p = relevance.softmax(-1)
+    answer = (p * likelihood.exp()).sum()
+    assert loss.item() == pytest.approx(-answer.log().item())
+    r = likelihood.exp() / answer - 1
+    assert torch.allclose(-gradient, r * p, atol=1e-12)
+
+
+def test_questions_turn_to_what_the_reader_can_use(tmp_path):
+    draw = np.random.default_rng(0)
+    unit = lambda rows: (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)  # noqa: E731
+    questions, passages = unit(draw.normal(size=(200, 8))), unit(draw.normal(size=(200, 4, 8)))
+    # What the reader can use lies where the question would lie if its first two numbers changed places.
+    target = questions[:, [1, 0, *range(2, 8)]]
+    told = 8 * np.einsum("nd,nkd->nk", target, passages)
+
+    def best_first(vectors):
+        return float((np.einsum("nd,nkd->nk", vectors, passages).argmax(1) == told.argmax(1)).mean())
+
+    some = slice(0, 150)
+    turn, trained = learn_turn(questions[some], passages[some], told[some].tolist(), 300, 0, tmp_path / "t.safetensors")
+    assert trained.losses[-1] < trained.losses[0]
+    found = turn.turned(questions)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    rest = slice(150, 200)
+    right = [
+        (np.einsum("nd,nkd->nk", vectors[rest], passages[rest]).argmax(1) == told[rest].argmax(1)).mean()
+        for vectors in (questions, found)
+    ]
+    assert right[1] > right[0] and best_first(found) > best_first(questions)
+
+
+def test_a_retriever_that_learnt_is_kept(tiny, ledger, tmp_path, monkeypatch):
+    base = tiny("llama")
+    monkeypatch.setattr(learnt, "_AT_ONCE", 2)
+    method = prefix(base, tmp_path / "work", realm=3, epochs=40)
+    report = method.learn(ledger)
+    assert "learnt from 4 questions with 3 passages each" in report.notes[-1]
+    # The likelihoods are those of the answers behind each passage, as when they are asked for.
+    (kept,) = (tmp_path / "work").glob("read-*.json")
+    asked = Question(id="a", question=ASKED[0][0], answers=[ASKED[0][1] + "\n\n"])
+    plain = prefix(base, tmp_path / "plain")
+    plain.learn(ledger)
+    hits = plain._retriever.retrieve([asked.question], 3)[0]
+    rows = resumed(kept, kept.stem.removeprefix("read-"), range(4), 2, lambda some: pytest.fail("all are kept"))
+    for value, hit in zip(rows[0], hits, strict=True):
+        (answer,) = plain.read([asked], [[hit]], lambda count: None)
+        tokens = len(tuning.lesson(base, plain.form, asked, ASKED[0][1], [hit]).answer)
+        assert value == pytest.approx(answer.reference * tokens, rel=1e-3)
+    before, after = (one._retriever.retrieve([q for q, *_ in ASKED], 4) for one in (plain, method))
+    assert [[hit.score for hit in hits] for hits in before] != [[hit.score for hit in hits] for hits in after]
+    method.save_pretrained(tmp_path / "saved")
+    again = Prefix.from_pretrained(tmp_path / "saved", base)
+    assert again._retriever.retrieve([q for q, *_ in ASKED], 4) == after
+    # What follows a change of the ledger keeps what was learnt.
+    stand = ledger.revision
+    ledger.insert([Document(id="new", text="Nothing of that.")])
+    (change,) = ledger.history(since=stand)
+    again.revise(change)
+    assert again._retriever.turn is not None
+    for wrong, why in (({"realm": 1}, "use 2 or more"), ({"realm": 2, "passages": "none", "slots": 2}, "no passages")):
+        with pytest.raises(UsageError, match=why):
+            prefix(base, tmp_path, **wrong)
+    with pytest.raises(DataError, match="9 passages are found"):
+        prefix(base, tmp_path / "many", realm=9).learn(ledger)
+
+
+# -- terms -----------------------------------------------------------------------------------------------------
+
+
+def test_spread_is_vicregs_formula():
+    torch.manual_seed(0)
+    states = torch.randn(6, 2, 5, dtype=torch.float64) * torch.tensor([0.1, 0.5, 1, 2, 3])
+    rows = states.reshape(12, 5).numpy()
+    variance = np.maximum(0, 1 - np.sqrt(rows.var(0) + 1e-4)).mean()
+    covariance = np.cov(rows.T)
+    off = (covariance**2).sum() - (np.diag(covariance) ** 2).sum()
+    assert float(tuning.spread(states)) == pytest.approx(variance + off / 5)
+    assert float(tuning.spread(torch.zeros(3, 1, 4))) == pytest.approx(0.99)
+
+
+def test_the_gap_is_between_the_groups_means():
+    losses = [torch.tensor(x, requires_grad=True) for x in (1.0, 3.0, 5.0, 2.0)]
+    found = tuning.gap(losses, ["a", "a", "b", "c"])
+    assert found.item() == 3.0  # b at 5, and a and c at 2
+    found.backward()
+    assert losses[2].grad == 1
+    assert float(tuning.gap(losses, ["a"] * 4)) == 0
+
+
+@pytest.mark.parametrize("encoder", ["cache", "compressed"])
+def test_what_an_answer_keeps_behind_a_wrong_passage(tiny, ledger, tmp_path, encoder):
+    base = tiny("llama")
+    method = prefix(base, tmp_path, encoder=encoder, slots=3 if encoder == "cache" else 0, columns=3, epochs=1)
+    method.learn(ledger)
+    found, _ = tuning.lessons(ledger, base, method.form, method._retriever, "288/64")
+
+    def distribution(one, passages):
+        batch = method._batch([Lesson(passages, one.asked, one.answer)], method.compressor)
+        logits, _ = tuning.answer_logits(base, batch.first, batch.samples)
+        return logits[0].softmax(-1)
+
+    batch = method._batch(found, method.compressor)
+    logits, _ = tuning.answer_logits(base, batch.first, batch.samples)
+    kept = tuning._kept(base, lambda some: method._batch(some, method.compressor), found, logits)
+    by_hand = [
+        torch.minimum(distribution(one, one.passages), distribution(one, other.passages)).sum()
+        for one, other in zip(found, [*found[1:], found[0]], strict=True)
+    ]
+    assert float(kept) == pytest.approx(float(torch.stack(by_hand).mean()), abs=1e-4) and 0 < float(kept) < 1
+    # The same page cannot be its own wrong one.
+    same = [found[0], found[0]]
+    assert float(tuning._kept(base, lambda some: pytest.fail("nothing to read"), same, logits[:4])) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"encoder": "text", "columns": 4, "vicreg": 1.0},
+        {"slots": 6, "fair": 1.0},
+        {"slots": 6, "wrong": 5.0},
+        {"encoder": "compressed", "columns": 4, "wrong": 5.0, "fair": 0.5, "distil": 0.5},
+    ],
+    ids=["vicreg", "fair", "wrong", "all"],
+)
+def test_each_term_lowers_what_it_names(tiny, ledger, tmp_path, monkeypatch, options):
+    """Against the same training without it."""
+    base = tiny("llama")
+    term = next(name for name in ("vicreg", "wrong", "fair") if name in options)
+    seen = {"vicreg": [], "fair": [], "wrong": []}
+    for name, function in (("vicreg", "spread"), ("fair", "gap"), ("wrong", "_kept")):
+        plain = getattr(tuning, function)
+
+        def noted(*args, plain=plain, name=name):
+            found = plain(*args)
+            seen[name].append(float(found))
+            return found
+
+        monkeypatch.setattr(tuning, function, noted)
+    last = []
+    for weight in (options[term], 1e-9):
+        method = prefix(base, tmp_path / str(weight), **options | {term: weight, "epochs": 30, "lr": 0.05, "batch": 4})
+        method.learn(ledger)
+        last.append(sum(seen[term][-5:]) / 5)
+    assert last[0] < last[1]
+
+
+def test_terms_that_cannot_be_are_refused(tiny, tmp_path):
+    for options, why in (
+        ({"vicreg": 1, "slots": 2}, "encoder=text"),
+        ({"wrong": 1, "passages": "none", "slots": 2}, "no passages"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            prefix(tiny("llama"), tmp_path, **options)
+
+
+# -- self-study ------------------------------------------------------------------------------------------------
+
+
+def test_a_corpus_in_one_cache_learns_from_what_the_model_asks_itself(tiny, ledger, tmp_path, monkeypatch):
+    base = tiny("llama")
+    made = []
+
+    def fake(model, form, passages, count, seed):
+        made.extend(passages)
+        yield from ((one, f"What is said of {one.document}?", one.text.split()[-1]) for one in passages)
+
+    monkeypatch.setattr(learnt, "ask_itself", fake)
+    monkeypatch.setattr(learnt, "_AT_ONCE", 3)
+    seen: list[Batch] = []
+    plain = Prefix._batch
+    monkeypatch.setattr(Prefix, "_batch", lambda *args: seen.append(plain(*args)) or seen[-1])
+    given = {"passages": "none", "slots": 6, "begin": "pages", "study": 1, "distil": 1, "epochs": 30, "lr": 0.1}
+    method = prefix(base, tmp_path / "work", **given)
+    report = method.learn(ledger)
+    assert "8 questions to learn from" in report.notes[0] and len(made) == len(PAGES)
+    # The columns see no passage; what they are told by stands behind the whole one.
+    start = len(method.slots)
+    for batch in seen:
+        assert all(one.past == () and one.start == start for one in batch.samples)
+        assert len(batch.whole) == len(batch.samples) and all(one.past for one in batch.whole)
+    # Begun again, it asks nothing anew.
+    prefix(base, tmp_path / "work", **given).learn(ledger)
+    assert len(made) == len(PAGES)
+    texts = {searchable(one) for one in made}
+    assert texts == set(PAGES.values())
+
+
+def test_what_was_made_before_a_kill_is_not_made_again(tmp_path):
+    calls = []
+
+    def make(some, last=99):
+        calls.append(list(some))
+        if last in some:
+            raise KeyboardInterrupt
+        return [n * n for n in some]
+
+    path = tmp_path / "rows.json"
+    with pytest.raises(KeyboardInterrupt):
+        resumed(path, "a", range(7), 2, lambda some: make(some, 5))
+    assert resumed(path, "a", range(7), 2, make) == [0, 1, 4, 9, 16, 25, 36]
+    assert calls == [[0, 1], [2, 3], [4, 5], [4, 5], [6]]
+    assert resumed(path, "b", range(2), 2, make) == [0, 1]
