@@ -6,7 +6,7 @@ import pytest
 from byheart.answer import answer_all, read_answers
 from byheart.compare import choose_questions, compare, pairs, question_metrics, scored, summarise
 from byheart.errors import DataError, UsageError
-from byheart.methods import BASELINES, METHODS, Answer, LearnReport, Settings, method_class, parse_methods
+from byheart.methods import METHODS, Answer, LearnReport, Settings, method_class, parse_methods
 from byheart.prompt import FORM_EXAMPLES, PromptFormat, as_sentence, choose_examples
 from byheart.report import headline, write_report
 from byheart.rows import Question
@@ -110,7 +110,7 @@ def test_questions_are_drawn_by_the_seed_and_never_from_training(world):
 
 
 def test_method_names():
-    assert parse_methods("all") == [name for name in METHODS if name not in BASELINES] and parse_methods(
+    assert parse_methods("all") == [*CONTROLS, "memory", "prefix", "edit"] and parse_methods(
         "gold, closed,gold"
     ) == ["gold", "closed"]
     for bad in ("", "nothing", "closed,nope"):

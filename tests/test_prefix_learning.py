@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 import torch
 
+from byheart.decode import Job, complete
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
-from byheart.methods import Settings
+from byheart.methods import Settings, method_class, parse_methods
 from byheart.methods.prefix import learnt, tuning
+from byheart.methods.prefix.instances import Instance, Instances, hardness, interpolated, votes
 from byheart.methods.prefix.marginal import learn_turn, marginal_loss
 from byheart.methods.prefix.method import Prefix
 from byheart.methods.prefix.tuning import Batch, Lesson
+from byheart.prompt import Example
 from byheart.retrieve import searchable
 from byheart.rows import Document, Question
+from byheart.segment import Passage
 from byheart.storage import resumed
 
 PAGES = {
@@ -149,7 +153,7 @@ def test_what_an_answer_keeps_behind_a_wrong_passage(tiny, ledger, tmp_path, enc
     base = tiny("llama")
     method = prefix(base, tmp_path, encoder=encoder, slots=3 if encoder == "cache" else 0, columns=3, epochs=1)
     method.learn(ledger)
-    found, _ = tuning.lessons(ledger, base, method.form, method._retriever, "288/64")
+    found, _ = tuning.lessons(ledger, base, method.form, method._retriever, "288/64", method.beside)
 
     def distribution(one, passages):
         batch = method._batch([Lesson(passages, one.asked, one.answer)], method.compressor)
@@ -257,3 +261,128 @@ def test_what_was_made_before_a_kill_is_not_made_again(tmp_path):
     assert resumed(path, "a", range(7), 2, make) == [0, 1, 4, 9, 16, 25, 36]
     assert calls == [[0, 1], [2, 3], [4, 5], [4, 5], [6]]
     assert resumed(path, "b", range(2), 2, make) == [0, 1]
+
+
+# -- the store of instances ------------------------------------------------------------------------------------
+
+
+def instance(id, question, answer, passage=None):
+    return Instance(id, Example(question, answer, passage))
+
+
+def test_votes_hardness_and_interpolation_are_the_papers(minilm):
+    near = [(instance("a", "q", "The Orl"), 0.5), (instance("b", "r", "orl"), 0.3), (instance("c", "s", "Vell"), 0.2)]
+    assert votes(near) == pytest.approx({"orl": 0.8, "vell": 0.2})
+    assert hardness(near, ["Orl", "the orl"]) == pytest.approx(-np.log(0.8))
+    assert hardness(near, ["elsewhere"]) == pytest.approx(-np.log(0.01)) == hardness([], ["Orl"])
+    # p_LM is 0.75 for Vell and 0.25 for Orl.
+    likelihoods, candidates = [np.log(0.6), np.log(0.2)], ["Vell", "Orl"]
+    assert [interpolated(likelihoods, candidates, near, share) for share in (0.0, 0.4, 0.5, 1.0)] == [0, 0, 1, 1]
+
+
+def test_the_nearest_are_near_and_never_the_question_itself(minilm):
+    page = Passage("p", "", "The Orl rises in Lake Sennet.", 0, 29)
+    rows = [
+        instance("a", "where does the orl rise", "Lake Sennet", page),
+        instance("b", "what is the source of the river Orl", "Lake Sennet"),
+        instance("c", "who sang the song of the year", "nobody", page),
+    ]
+    store = Instances(minilm, rows)
+    (near,) = store.nearest(["Where does the Orl rise?"], 5)
+    assert [one.id for one, _ in near] == ["b", "c"] and near[0][1] > near[1][1]
+    assert sum(share for _, share in near) == pytest.approx(1)
+    (shown,) = store.nearest(["Whence comes the Orl?"], 1, shown=True)
+    assert shown[0][0] == rows[0] and shown[0][1] == pytest.approx(1)
+    store.drop("b")
+    assert store.nearest(["where does the orl rise"], 1)[0][0][0].id == "c"
+    assert Instances(minilm).nearest(["anything"], 3) == [[]]
+
+
+def test_instances_are_shown_vote_and_follow_the_ledger(tiny, ledger, tmp_path):
+    base = tiny("llama")
+    ledger.insert([Question(id="c", question="Is Vell a harbour?", choices=["yes", "no"], answers=["yes"])])
+    asked = [
+        Question(id="a", question="When was it that the lamp was lit?", answers=["1931"]),
+        Question(id="c", question="Is Vell a harbour?", choices=["yes", "no"], answers=["yes"]),
+    ]
+    method = prefix(base, tmp_path / "shown", demonstrations=2)
+    method.learn(ledger)
+    (shown, weight), _ = method.beside(asked)
+    assert len(shown) == 2 and shown[-1].question == ASKED[0][0] and weight == 1
+    # One block behind the other, each read alone, turned to its place; the question reads them all.
+    (answer, _) = method.answer(asked)
+    whole = [*shown, *answer.evidence]
+    blocks = method.whole.encode(whole, kept=False)
+    past = method.whole.past(whole, blocks)
+    tail = method.form.pieces(asked[0].question, ())[2]
+    (plain,) = complete(base, [Job(tail, (" 1931",), past)], max_new_tokens=0)
+    assert answer.reference == pytest.approx(plain.options[0], abs=1e-5)
+    # With all the weight on the neighbours the answer is theirs; the choice of a question with choices stays one.
+    voting = prefix(base, tmp_path / "voting", interpolate=1.0)
+    voting.learn(ledger)
+    first, second = voting.answer(asked)
+    assert first.text == "1931" and second.choice in ("yes", "no")
+    voting.save_pretrained(tmp_path / "saved")
+    again = Prefix.from_pretrained(tmp_path / "saved", base)
+    assert [(a.text, a.choice) for a in again.answer(asked)] == [
+        (first.text, first.choice),
+        (second.text, second.choice),
+    ]
+    # A retracted page is shown no more, and a retracted question votes no more.
+    for kind, id in (("document", "quay"), ("question", "t0")):
+        stand = ledger.revision
+        ledger.retract(kind, id)
+        (change,) = ledger.history(since=stand)
+        method.revise(change)
+        left = method.instances.nearest([asked[0].question], 4)[0]
+        assert all(one.example.passage is None or one.example.passage.document != "quay" for one, _ in left)
+        assert ("t0" in {one.id for one, _ in left}) == (kind == "document")
+    with pytest.raises(DataError, match=r"no prefix\.demonstrations"):
+        prefix(tiny("gpt2"), tmp_path, demonstrations=1)
+    with pytest.raises(UsageError, match=r"needs prefix\.encoder=cache"):
+        prefix(base, tmp_path, demonstrations=1, encoder="text")
+    (tmp_path / "saved" / "instances.jsonl").write_text('{"id": "x", "example": 3}\n')
+    with pytest.raises(DataError, match=r"instances\.jsonl"):
+        Prefix.from_pretrained(tmp_path / "saved", base)
+
+
+def test_hard_questions_count_more(tiny, ledger, tmp_path):
+    like = "In which year was the lamp lit?"
+    ledger.insert([Question(id="t9", question=like, answers=["1931"], documents=["quay"], split="train")])
+    method = prefix(tiny("llama"), tmp_path, slots=4, hard=0.5, epochs=1)
+    method.learn(ledger)
+    asked, _ = tuning.to_learn_from(ledger, method.form)
+    weights = {q.id: weight for q, (_, weight) in zip(asked, method.beside(asked), strict=True)}
+    # Its neighbour gives the first away; nobody else has the second's answer.
+    assert 1 < weights["t0"] < weights["t1"] == pytest.approx(1 - 0.5 * np.log(0.01))
+    one = Lesson((), (5,), (6, 7), weight=1.0)
+    each = torch.tensor([1.0, 2.0, 4.0])
+    assert [float(x) for x in tuning.of_lessons(each, [one, Lesson((), (5,), (6,))])] == [3, 4]
+
+
+def test_the_controls_have_the_same_columns_and_other_passages(tiny, ledger, tmp_path):
+    base = tiny("llama")
+    asked = [Question(id=f"a{n}", question=q, answers=[a], documents=[page]) for n, (q, a, page, _) in enumerate(ASKED)]
+    ledger.insert(asked)
+    found = {}
+    for name in ("prefix", "prefix-gold", "prefix-shuffled"):
+        settings = Settings(shots=0, options={"prefix.slots": "4", "prefix.epochs": "3"})
+        method = method_class(name)(base, settings, tmp_path / "work")
+        method.learn(ledger)
+        found[name] = method, method.answer(asked)
+    plain, gold, shuffled = (found[name] for name in found)
+    for other in (gold, shuffled):
+        pairs = zip(plain[0].slots.parameters(), other[0].slots.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert len(list((tmp_path / "work").glob("learnt-*"))) == 1  # trained once
+    for question, right, wrong in zip(asked, gold[1], shuffled[1], strict=True):
+        assert [one.document for one in right.evidence] == question.documents
+        assert [one.document for one in wrong.evidence] != question.documents
+    with pytest.raises(UsageError, match="cannot be kept"):
+        gold[0].save_pretrained(tmp_path / "saved")
+    none = Settings(shots=0, options={"prefix.slots": "4", "prefix.passages": "none"})
+    method = method_class("prefix-gold")(base, none, tmp_path / "none")
+    method.learn(ledger)
+    with pytest.raises(UsageError, match="no passages for prefix-gold"):
+        method.answer(asked)
+    assert "prefix-gold" not in parse_methods("all") and "prefix" in parse_methods("all")

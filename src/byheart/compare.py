@@ -10,7 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -94,13 +94,15 @@ def compare(
     }
     answers: dict[str, list[Answer]] = {}
     rows: dict[str, list[Metrics]] = {}
+    # A method's own options stand beside them, so that those of others change nothing for it.
+    shared = replace(settings, options={}).to_dict()
     for name, method in _made(methods, base, settings, out, run, show).items():
         if estimate := method.estimate(ledger):
             show.say(estimate)
         with show.bar(f"{name}: {method.learns}s", ledger.count(method.learns)) as tick:
             report = method.learn(ledger, tick)
         mark = fingerprint(
-            name, base.hash, str(base.dtype), base.device.type, settings.to_dict(), encoder_record(method),
+            name, base.hash, str(base.dtype), base.device.type, shared, encoder_record(method),
             ledger.mark(), __version__, list(getattr(method, "layers", [])), _options(method),
         )  # fmt: skip
         with show.bar(f"{name}: questions", len(questions)) as tick:

@@ -104,11 +104,8 @@ class PromptFormat:
         The first two do not depend on the question, so that what a model makes of them can be kept. Hence the passage
         stands before its question only, in the examples too, and these are the same for every question.
         """
-        head = "".join(
-            ("" if e.passage is None else _BETWEEN + _shown(e.passage)) + f"{_BETWEEN}{_asked(e.question)} {e.answer}"
-            for e in self.examples
-        ).removeprefix(_BETWEEN)
-        blocks = [_BETWEEN + _shown(passage) for passage in passages]
+        head = "".join(map(self.block, self.examples)).removeprefix(_BETWEEN)
+        blocks = [self.block(passage) for passage in passages]
         tail = _BETWEEN + _asked(question, choices)
         if not self._chat:
             return head, blocks, tail
@@ -116,6 +113,14 @@ class PromptFormat:
         if not found:
             raise UsageError("--chat: the model's chat template does not keep a text as it is")
         return before + head, blocks, tail + after
+
+    @staticmethod
+    def block(one: Passage | Example) -> str:
+        """A passage, or an example, as it stands in the middle of a prompt."""
+        if isinstance(one, Passage):
+            return _BETWEEN + _shown(one)
+        passage = "" if one.passage is None else _BETWEEN + _shown(one.passage)
+        return f"{passage}{_BETWEEN}{_asked(one.question)} {one.answer}"
 
     def continuation(self, answer: str) -> str:
         """An answer as it would follow the prompt."""

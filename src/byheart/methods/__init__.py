@@ -16,14 +16,18 @@ METHODS = {
     "shuffled": "byheart.methods.controls:Shuffled",
     "memory": "byheart.methods.memory.method:Memory",
     "prefix": "byheart.methods.prefix.method:Prefix",
+    "prefix-gold": "byheart.methods.prefix.controls:PrefixGold",
+    "prefix-shuffled": "byheart.methods.prefix.controls:PrefixShuffled",
     "edit": "byheart.methods.edit.method:Edit",
     "ft": "byheart.methods.edit.baselines:FineTuned",
     "ft-w": "byheart.methods.edit.baselines:DecayedFineTuned",
     "rome": "byheart.methods.edit.baselines:Rome",
     "mend": "byheart.methods.edit.mend:Mend",
 }
-# Other ways to edit, to hold `edit` against; "all" leaves them out.
+# Other ways to edit, to hold `edit` against.
 BASELINES = ("ft", "ft-w", "rome", "mend")
+# What "all" leaves out.
+_ON_REQUEST = (*BASELINES, "prefix-gold", "prefix-shuffled")
 
 __all__ = ["BASELINES", "METHODS", "Answer", "LearnReport", "Method", "Settings", "method_class", "parse_methods"]
 
@@ -41,12 +45,13 @@ def method_class(name: str) -> type[Method]:
 
 
 def parse_methods(text: str) -> list[str]:
-    """The method names in ``"a,b"``, each once, in the order given; ``"all"`` is all but :data:`BASELINES`.
+    """The method names in ``"a,b"``, each once, in the order given; ``"all"`` leaves out baselines and the controls of
+    ``prefix``.
 
     Raises:
         UsageError: where one does not exist, or none is named.
     """
-    every = [name for name in METHODS if name not in BASELINES]
+    every = [name for name in METHODS if name not in _ON_REQUEST]
     names = every if text.strip() == "all" else [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise UsageError("--methods: names no method")

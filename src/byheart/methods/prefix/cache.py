@@ -15,10 +15,12 @@ from byheart.decode import batches, token_ids
 from byheart.kv import KV, Rotation
 from byheart.methods.prefix.blend import blended
 from byheart.methods.prefix.store import Store
-from byheart.prompt import PromptFormat
+from byheart.prompt import Example, PromptFormat
 from byheart.segment import Passage
 from byheart.storage import bytes_under
 
+# What stands behind the beginning and before the question; examples that were found for it stand there, too.
+Block = Passage | Example
 # Tokens read at once.
 _READ = 2_048
 # Passages whose keys and values are in memory at once on their way to disk.
@@ -52,7 +54,7 @@ class Cache:
         self.head = kv.read(base, [ids], start=first)[0] if ids else None
         self.start = first if self.head is None else self.head.end
 
-    def encode(self, passages: Sequence[Passage], *, kept: bool) -> list[KV]:
+    def encode(self, passages: Sequence[Block], *, kept: bool) -> list[KV]:
         """Keys and values of each passage; with ``kept`` from disk where they are there."""
         like = next(self.base.model.parameters())
         paths = [self.path(passage) for passage in passages]
@@ -61,7 +63,7 @@ class Cache:
         known |= zip(missing, self.fresh(list(missing.values())), strict=True)
         return [one for path in paths if (one := known[path]) is not None]
 
-    def fresh(self, passages: Sequence[Passage]) -> list[KV]:
+    def fresh(self, passages: Sequence[Block]) -> list[KV]:
         """Keys and values of passages that are not on disk."""
         rows = [self.ids(passage) for passage in passages]
         found: dict[int, KV] = {}
@@ -69,7 +71,7 @@ class Cache:
             found |= zip(batch, kv.read(self.base, [rows[n] for n in batch], self.head, self.start), strict=True)
         return [found[n] for n in range(len(rows))]
 
-    def past(self, passages: Sequence[Passage], blocks: Sequence[KV], blend: float = 0.0) -> tuple[KV, ...]:
+    def past(self, passages: Sequence[Block], blocks: Sequence[KV], blend: float = 0.0) -> tuple[KV, ...]:
         """What a question stands behind: the beginning, then the passages' ``blocks``, each in its place.
 
         Args:
@@ -80,21 +82,20 @@ class Cache:
             there = [blended(self.base, self.head, there, [self.ids(passage) for passage in passages], blend)]
         return (*([] if self.head is None else [self.head]), *there)
 
-    def columns(self, passage: Passage) -> int:
+    def columns(self, passage: Block) -> int:
         """How many columns a passage takes."""
         return len(self.ids(passage))
 
-    def ids(self, passage: Passage) -> list[int]:
+    def ids(self, passage: Block) -> list[int]:
         """A passage's tokens, as they stand in the middle of a prompt."""
-        _, (text,), _ = self.form.pieces("", [passage])
-        return token_ids(self.base.tokenizer, text, beginning=False)
+        return token_ids(self.base.tokenizer, self.form.block(passage), beginning=False)
 
-    def path(self, passage: Passage) -> Path:
+    def path(self, passage: Block) -> Path:
         """A passage's file."""
-        _, (text,), _ = self.form.pieces("", [passage])
+        text = self.form.block(passage)
         return self.files.path(self.base.hash, str(self.base.dtype), str(self.first), self._beginning, text)
 
-    def keep(self, passages: Iterable[Passage]) -> None:
+    def keep(self, passages: Iterable[Block]) -> None:
         """Put what is not on disk yet there."""
         stream = (one for one in passages if not self.path(one).exists())
         while step := list(islice(stream, _HELD)):
@@ -128,10 +129,10 @@ class Few(Cache):
         vars(self).update(vars(whole))  # the beginning is read already
         self.whole, self._count, self._digest = whole, count, digest_of(maker)
 
-    def path(self, passage: Passage) -> Path:
+    def path(self, passage: Block) -> Path:
         """A passage's file; another maker, another file."""
         return self.files.path(self.whole.path(passage).name, self._digest)
 
-    def columns(self, passage: Passage) -> int:
+    def columns(self, passage: Block) -> int:
         """How many columns a passage takes."""
         return self._count

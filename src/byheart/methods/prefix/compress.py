@@ -16,8 +16,7 @@ from byheart.blocks import Frozen
 from byheart.decode import batches, token_ids
 from byheart.kv import KV
 from byheart.methods.prefix.behind import Columns, padded_pasts, split
-from byheart.methods.prefix.cache import Cache, Few
-from byheart.segment import Passage
+from byheart.methods.prefix.cache import Block, Cache, Few
 from byheart.surgery import altered
 
 # What the marks begin as: a text after which a language model says what it has read.
@@ -82,7 +81,7 @@ class Compressed(Few):
         super().__init__(whole, compressor, len(compressor))
         self._compressor = compressor
 
-    def fresh(self, passages: Sequence[Passage]) -> list[KV]:
+    def fresh(self, passages: Sequence[Block]) -> list[KV]:
         """Columns of passages that are not on disk."""
         found: dict[int, KV] = {}
         lengths = [self.whole.columns(passage) for passage in passages]

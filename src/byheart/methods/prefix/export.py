@@ -24,6 +24,8 @@ def export_cartridge(method: Prefix, out: Path) -> dict[str, Any]:
         UsageError: where what stands before a question depends on the question.
         DataError: where the model's layers have heads of different number or size, which that kind does not hold.
     """
+    if method.options.demonstrations or method.options.interpolate:
+        raise UsageError("--to peft: other questions are shown, or vote, anew for each question; learn without them")
     if method.options.passages != "none":
         raise UsageError("--to peft: passages are found anew for each question; learn with prefix.passages=none")
     head = method.cache.head

@@ -13,8 +13,9 @@ from byheart.decode import batches
 from byheart.encoder import Encoder
 from byheart.kv import KV
 from byheart.methods.prefix.behind import Columns, split
-from byheart.methods.prefix.cache import Cache, Few
+from byheart.methods.prefix.cache import Block, Cache, Few
 from byheart.methods.prefix.slots import Slots
+from byheart.prompt import PromptFormat
 from byheart.retrieve import searchable
 from byheart.segment import Passage
 
@@ -89,10 +90,10 @@ class Emitted(Few):
         super().__init__(whole, heads, len(heads))
         self._heads, self._encoder = heads, encoder
 
-    def fresh(self, passages: Sequence[Passage]) -> list[KV]:
+    def fresh(self, passages: Sequence[Block]) -> list[KV]:
         """Columns of passages that are not on disk."""
         found: dict[int, KV] = {}
-        lengths = [self._encoder.tokens(searchable(passage)) for passage in passages]
+        lengths = [self._encoder.tokens(_text(passage)) for passage in passages]
         for batch in batches(lengths, lambda count, longest: count * longest <= _READ):
             with torch.no_grad():
                 columns = emitted(self.base, self._heads, self._encoder, [passages[n] for n in batch])
@@ -100,13 +101,17 @@ class Emitted(Few):
         return [found[n] for n in range(len(passages))]
 
 
-def emitted(base: Base, heads: Heads, encoder: Encoder, passages: Sequence[Passage]) -> Columns:
+def _text(one: Block) -> str:
+    return searchable(one) if isinstance(one, Passage) else PromptFormat.block(one)
+
+
+def emitted(base: Base, heads: Heads, encoder: Encoder, passages: Sequence[Block]) -> Columns:
     """The heads' columns for passages, with gradients to the heads."""
     return heads.columns(looked_up(heads, encoder, passages), base.dtype)
 
 
-def looked_up(heads: Heads, encoder: Encoder, passages: Sequence[Passage]) -> Tensor:
+def looked_up(heads: Heads, encoder: Encoder, passages: Sequence[Block]) -> Tensor:
     """What the heads' queries find in passages (rows, n, 256), with gradients to the heads."""
     with torch.no_grad():
-        states, mask = encoder.states([searchable(passage) for passage in passages])
+        states, mask = encoder.states([_text(passage) for passage in passages])
     return heads.find(states, mask)

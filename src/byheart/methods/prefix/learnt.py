@@ -20,13 +20,24 @@ from byheart.ledger import Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.controls import Context
 from byheart.methods.prefix.behind import Sample, shared, side_by_side
-from byheart.methods.prefix.cache import Cache
+from byheart.methods.prefix.cache import Block, Cache
 from byheart.methods.prefix.compress import Compressed, Compressor
 from byheart.methods.prefix.heads import Emitted, Heads, looked_up
+from byheart.methods.prefix.instances import NEAREST, Instances, hardness
 from byheart.methods.prefix.marginal import Turn, learn_turn
 from byheart.methods.prefix.slots import Slots, chosen_columns
 from byheart.methods.prefix.store import Precision, Store
-from byheart.methods.prefix.tuning import Batch, Lesson, Terms, lesson, lessons, likelihoods, to_learn_from, tune
+from byheart.methods.prefix.tuning import (
+    Batch,
+    Beside,
+    Lesson,
+    Terms,
+    lesson,
+    lessons,
+    likelihoods,
+    to_learn_from,
+    tune,
+)
 from byheart.methods.study import ask_itself
 from byheart.progress import scaled
 from byheart.prompt import FORM_EXAMPLES, PromptFormat
@@ -58,6 +69,9 @@ class PrefixOptions:
         study: of each window of a page, questions that the model asks itself and learns from, too (self-study).
         realm: of each training question, passages from whose likelihoods of the answer the retriever learns; 0: it does
             not (:mod:`byheart.methods.prefix.marginal`).
+        hard, demonstrations, interpolate: from a store of training instances (RetroPrompt; Chen et al. 2022): training
+            counts a question 1 + ``hard`` · -log p_kNN(its answer) times; so many of the nearest instances are shown
+            before the passages; and answers are those that are best under ``interpolate`` · p_kNN + (1 - it) · p_LM.
         passages: ``retrieved`` for each question, or ``none``: the learnt columns are all there is, for every question
             the same (prefix-tuning; Li and Liang 2021), or a corpus in one cache (Cartridges; Eyuboglu et al. 2025).
         slots: columns that are learnt from the ledger's training questions and stand before everything; 0: none.
@@ -78,6 +92,9 @@ class PrefixOptions:
     wrong: float = 0.0
     study: int = 0
     realm: int = 0
+    hard: float = 0.0
+    demonstrations: int = 0
+    interpolate: float = 0.0
     passages: Literal["retrieved", "none"] = "retrieved"
     slots: int = 0
     begin: Literal["examples", "pages"] = "examples"
@@ -95,9 +112,11 @@ class Learnt(Context):
     name = "prefix"
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
-        self.options = options = parse_options(PrefixOptions, self.name, settings.options)
-        if options.blend > 1:
-            raise UsageError(f"--set prefix.blend={options.blend}: must be a share, at most 1")
+        # By the name of the method, also in its controls.
+        self.options = options = parse_options(PrefixOptions, Learnt.name, settings.options)
+        for name in ("blend", "interpolate"):
+            if getattr(options, name) > 1:
+                raise UsageError(f"--set prefix.{name}={getattr(options, name)}: must be a share, at most 1")
         for name in ("epochs", "batch", "columns"):
             if getattr(options, name) < 1:
                 raise UsageError(f"--set prefix.{name}={getattr(options, name)}: must be at least 1")
@@ -113,16 +132,18 @@ class Learnt(Context):
             )
         if options.passages == "none" and (options.wrong or options.realm):
             raise UsageError("--set prefix.passages=none: there are no passages for prefix.wrong or prefix.realm")
+        if options.demonstrations and options.encoder != "cache":
+            raise UsageError(f"--set prefix.demonstrations={options.demonstrations}: needs prefix.encoder=cache")
         if options.realm == 1:
             raise UsageError("--set prefix.realm=1: passages are held against each other; use 2 or more")
         try:
             self._rotation = kv.check(base)
         except DataError as error:
             raise DataError(f"{self.name}: {error}") from None
-        if settings.k > 1 and self._rotation is None:
+        if (settings.k > 1 or options.demonstrations) and self._rotation is None:
             raise DataError(
                 f"{self.name}: {base.name} cannot have keys moved to another position, so that several passages cannot "
-                "stand behind each other; use --k 1"
+                "stand behind each other; use --k 1 and no prefix.demonstrations"
             )
         super().__init__(base, settings, work)
         self._files = Store(work / "prefix", options.precision)
@@ -131,6 +152,7 @@ class Learnt(Context):
         self.slots: Slots | None = None
         self.compressor: Compressor | Heads | None = None
         self.turn: Turn | None = None
+        self.instances: Instances | None = None
 
     @property
     def whole(self) -> Cache:
@@ -152,7 +174,7 @@ class Learnt(Context):
             )
         return self._compressed
 
-    def _past(self, passages: Sequence[Passage], blocks: Sequence[KV]) -> tuple[KV, ...]:
+    def _past(self, passages: Sequence[Block], blocks: Sequence[KV]) -> tuple[KV, ...]:
         return self.cache.past(passages, blocks, self.options.blend)
 
     @property
@@ -184,14 +206,16 @@ class Learnt(Context):
         began = time.perf_counter()
         # Without passages none is needed, but to be told from.
         needed = options.passages == "retrieved" or options.distil > 0
-        found, skipped = lessons(ledger, base, self.form, self._retriever, self.settings.segment, needed=needed)
+        found, skipped = lessons(
+            ledger, base, self.form, self._retriever, self.settings.segment, self.beside, needed=needed
+        )
         if options.study:
             found += self._studied()
         if not found:
             why = "whose document holds its answer" if needed else "with an answer"
             raise DataError(f"prefix: there is something to learn, and the ledger has no training question {why}")
         before = set(self._files.folder.rglob("*.safetensors"))
-        self.whole.keep(passage for lesson in found for passage in lesson.passages)
+        self.whole.keep(block for lesson in found for block in lesson.blocks)
         orders = Orders([len(found)], options.batch, options.epochs, seed)
         if options.slots:
             self.slots = Slots(chosen_columns(self._begin(), options.slots))
@@ -274,6 +298,21 @@ class Learnt(Context):
         note = f"the retriever learnt from {len(pairs)} questions with {k} passages each; {course}"
         return replace(report, seconds=time.perf_counter() - began, notes=(note,))
 
+    def beside(self, questions: Sequence[Question]) -> list[Beside]:
+        """Of each question the nearest instances to show, the nearest last, and how much it counts in training."""
+        options, texts = self.options, [question.question for question in questions]
+        if self.instances is None:
+            return [((), 1.0)] * len(questions)
+        shown = self.instances.nearest(texts, options.demonstrations, shown=True)
+        weights = [1.0] * len(questions)
+        if options.hard:
+            near = self.instances.nearest(texts, NEAREST)
+            weights = [1 + options.hard * hardness(n, q.answers) for n, q in zip(near, questions, strict=True)]
+        return [
+            (tuple(one.example for one, _ in reversed(some)), weight)
+            for some, weight in zip(shown, weights, strict=True)
+        ]
+
     def _fresh(self) -> Compressor | Heads | None:
         """What makes columns of passages, before training."""
         options = self.options
@@ -287,14 +326,16 @@ class Learnt(Context):
     def _batch(self, some: Sequence[Lesson], compressor: Compressor | Heads | None) -> Batch:
         """Lessons behind what is being learnt: slots before all, and columns in the place of the passages."""
         base, cache = self.base, self.whole
-        pasts = [self._past(one.passages, cache.encode(one.passages, kept=True)) for one in some]
+        pasts = [self._past(one.blocks, cache.encode(one.blocks, kept=True)) for one in some]
         ends = [past[-1].end if past else self.options.slots for past in pasts]
         whole = [Sample(past, one.asked, one.answer, end) for past, one, end in zip(pasts, some, ends, strict=True)]
         slots = [] if self.slots is None else shared(self.slots.kv(base.dtype), len(some))
         told = whole if self.options.distil else []
         if self.options.passages == "none":
-            alone = self._past((), ())
-            return Batch(slots, [replace(one, past=alone, start=cache.start) for one in whole], told)
+            alone = [self._past(one.shown, cache.encode(one.shown, kept=True)) for one in some]
+            starts = [past[-1].end if past else self.options.slots for past in alone]
+            behind = [replace(one, past=past, start=at) for one, past, at in zip(whole, alone, starts, strict=True)]
+            return Batch(slots, behind, told)
         if compressor is None:
             return Batch(slots, whole, told)
         head = [] if cache.head is None else shared(cache.head, len(some))

@@ -14,7 +14,7 @@ from byheart.methods.contract import Progress
 from byheart.training import Orders, Recipe, Trained, train
 
 # Of the inner products of unit vectors, which differ by tenths where passages differ by much.
-_SHARPNESS = 20.0
+SHARPNESS = 20.0
 _BATCH = 64
 _LR = 1e-3
 _DECAY = 0.01
@@ -81,7 +81,7 @@ def learn_turn(
 
     def loss(step: int) -> Tensor:
         _, some = orders.batch(step)
-        relevance = _SHARPNESS * (turn(asked[some])[:, None] * found[some]).sum(-1)
+        relevance = SHARPNESS * (turn(asked[some])[:, None] * found[some]).sum(-1)
         return marginal_loss(relevance, told[some])
 
     trained = train(turn, loss, Recipe(orders.steps, _LR, decay=_DECAY, clip=1.0), store, progress)

@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from byheart.base import Base
-from byheart.decode import Job
+from byheart.decode import Job, complete
 from byheart.errors import DataError, first_line
 from byheart.kv import KV
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import Answer, LearnReport, Progress
 from byheart.methods.controls import Context
+from byheart.methods.prefix.cache import Block
+from byheart.methods.prefix.instances import NEAREST, Instances, instances_of, interpolated
 from byheart.methods.prefix.learnt import Learnt
 from byheart.methods.prefix.marginal import Turn
 from byheart.methods.prefix.slots import Slots
@@ -30,6 +32,7 @@ from byheart.segment import Passage, segment
 from byheart.storage import bytes_under
 
 _LEARNT = "learnt.safetensors"
+_INSTANCES = "instances.jsonl"
 # Passages whose keys and values are in memory at once while questions are asked.
 _HELD = 64
 
@@ -64,6 +67,10 @@ class Prefix(Learnt):
         report = super().learn(ledger, (lambda count: None) if self._trains else progress)
         seconds, stored, notes = report.seconds, report.bytes, report.notes
         self._whole, self._compressed, self.slots, self.compressor, self.turn = None, None, None, None, None
+        if self._remembers:
+            shown = {normalize(example.question) for example in self.form.examples}
+            asked = [one for one in ledger.questions(["train"]) if normalize(one.question) not in shown]
+            self.instances = Instances(self.encoder, instances_of(asked, self._retriever))
         if self._trains:
             report = self._tune(ledger, report, progress)
             seconds, notes = seconds + report.seconds, report.notes
@@ -85,6 +92,7 @@ class Prefix(Learnt):
         """Follow the changed document in the index, and with ``store=disk`` in what is kept."""
         gone = self._files_of(change.id) if change.kind == "document" else set()
         report = super().revise(change)
+        self._follow_instances(change)
         if change.kind != "document" or not self._keeps:
             return report
         began = time.perf_counter()
@@ -112,27 +120,79 @@ class Prefix(Learnt):
         share = (time.perf_counter() - began) / max(len(jobs), 1)
         new = self.settings.max_new_tokens
         found = ask(self.base, self.form, questions, passages, jobs, max_new_tokens=new, progress=progress)
+        if self.options.interpolate and self.instances is not None:
+            found = self._interpolated(questions, jobs, found, self.instances)
         return [replace(answer, seconds=answer.seconds + share) for answer in found]
 
     def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
         """The best ``k`` hits; a question that all prompts show with its answer is not asked."""
+        return self._but_shown(
+            questions, super().passages(questions) if self.options.passages == "retrieved" else [()] * len(questions)
+        )
+
+    def _but_shown(
+        self, questions: Sequence[Question], given: Sequence[Sequence[Passage] | str]
+    ) -> list[Sequence[Passage] | str]:
         shown = {normalize(example.question) for example in self.form.examples}
-        given = super().passages(questions) if self.options.passages == "retrieved" else [()] * len(questions)
         return [
             "stands among the examples" if normalize(question.question) in shown else found
             for question, found in zip(questions, given, strict=True)
         ]
 
     def _jobs(self, questions: Sequence[Question], passages: Sequence[Sequence[Passage] | None]) -> list[Job]:
-        blocks = iter(self.cache.encode([one for given in passages for one in given or ()], kept=self._keeps))
+        stand: list[tuple[Block, ...]] = [
+            (*shown, *(given or ())) for (shown, _), given in zip(self.beside(questions), passages, strict=True)
+        ]
+        blocks = iter(self.cache.encode([one for given in stand for one in given], kept=self._keeps))
         return [
             Job(
                 self.form.pieces(question.question, (), question.choices)[2],
                 options_of(self.form, question),
-                (*self.learnt(), *self._past(given or (), [next(blocks) for _ in given or ()])),
+                (*self.learnt(), *self._past(given, [next(blocks) for _ in given])),
             )
-            for question, given in zip(questions, passages, strict=True)
+            for question, given in zip(questions, stand, strict=True)
         ]
+
+    def _interpolated(
+        self, questions: Sequence[Question], jobs: Sequence[Job], answers: Sequence[Answer], instances: Instances
+    ) -> list[Answer]:
+        """Answers, or choices, that are the best under the model and the nearest instances together."""
+        near = instances.nearest([question.question for question in questions], NEAREST)
+        candidates = [
+            list(question.choices or dict.fromkeys([answer.text, *(one.example.answer for one, _ in some)]))
+            for question, answer, some in zip(questions, answers, near, strict=True)
+        ]
+        asked = [
+            replace(job, options=tuple(map(self.form.continuation, texts)))
+            for job, texts in zip(jobs, candidates, strict=True)
+        ]
+        found = []
+        done = complete(self.base, asked, max_new_tokens=0)
+        for question, answer, texts, one, some in zip(questions, answers, candidates, done, near, strict=True):
+            best = texts[interpolated(one.options, texts, some, self.options.interpolate)]
+            changed = replace(answer, choice=best) if question.choices else replace(answer, text=best)
+            found.append(replace(changed, seconds=answer.seconds + one.seconds))
+        return found
+
+    def _follow_instances(self, change: Change) -> None:
+        if self.instances is None:
+            return
+        stale = []
+        if change.kind == "question":
+            self.instances.drop(change.id)
+            stale = [change.after] if isinstance(change.after, Question) else []
+        elif change.kind == "document":
+            # What is shown of the page may have changed, or it may be shown no longer.
+            stale = [
+                Question(id=one.id, question=one.example.question, answers=[one.example.answer], split="train")
+                for one in self.instances.all.values()
+                if one.example.passage is not None and one.example.passage.document == change.id
+            ]
+        self.instances.add(instances_of(stale, self._retriever))
+
+    @property
+    def _remembers(self) -> bool:
+        return bool(self.options.hard or self.options.demonstrations or self.options.interpolate)
 
     def _files_of(self, document: str) -> set[Path]:
         if not self._keeps:
@@ -145,6 +205,8 @@ class Prefix(Learnt):
         super()._save_into(folder)
         if self._trains or self.turn is not None:
             save_file({name: one.detach().cpu() for name, one in self._learnt.named_parameters()}, folder / _LEARNT)
+        if self.instances is not None:
+            self.instances.save(folder / _INSTANCES)
         if self._keeps:
             shutil.copytree(self._files.folder, folder / "prefix", copy_function=_linked)
 
@@ -152,6 +214,8 @@ class Prefix(Learnt):
     def from_pretrained(cls, path: Path, base: Base) -> Self:
         """Settings, examples, index, learnt columns; passages' keys and values where they were kept."""
         method = super().from_pretrained(path, base)
+        if method._remembers:
+            method.instances = Instances.load(path / _INSTANCES, method.encoder)
         if not method._trains and not method.options.realm:
             return method
         try:

@@ -17,7 +17,8 @@ from byheart.ledger import Ledger
 from byheart.losses import drift, token_loss
 from byheart.methods.contract import Progress
 from byheart.methods.prefix.behind import Columns, Sample, answer_logits
-from byheart.prompt import PromptFormat
+from byheart.methods.prefix.cache import Block
+from byheart.prompt import Example, PromptFormat
 from byheart.retrieve import Retriever
 from byheart.rows import Question
 from byheart.score import contains, normalize
@@ -26,6 +27,8 @@ from byheart.training import Orders, Recipe, Trained, train
 
 # Behind an answer, so that where it ends is learnt, too.
 _END = "\n\n"
+# Of a question: others with their answers, and how much it counts.
+Beside = tuple[tuple[Example, ...], float]
 # Lessons read at once.
 _READ = 16
 
@@ -37,6 +40,7 @@ class Lesson:
     Attributes:
         group: what the fairness term tells questions apart by.
         weight: how much it counts.
+        shown: other questions with their answers, that stand before the passages.
     """
 
     passages: tuple[Passage, ...]
@@ -44,6 +48,12 @@ class Lesson:
     answer: tuple[int, ...]
     group: str = ""
     weight: float = 1.0
+    shown: tuple[Example, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All that stands before the question."""
+        return (*self.shown, *self.passages)
 
 
 def lesson(base: Base, form: PromptFormat, question: Question, answer: str, passages: Sequence[Passage]) -> Lesson:
@@ -70,13 +80,23 @@ def to_learn_from(ledger: Ledger, form: PromptFormat) -> tuple[list[Question], d
 
 
 def lessons(
-    ledger: Ledger, base: Base, form: PromptFormat, retriever: Retriever, segment: str, *, needed: bool = True
+    ledger: Ledger,
+    base: Base,
+    form: PromptFormat,
+    retriever: Retriever,
+    segment: str,
+    beside: Callable[[Sequence[Question]], Sequence[Beside]],
+    *,
+    needed: bool = True,
 ) -> tuple[list[Lesson], dict[str, int]]:
     """A lesson for each training question, and why others are left out, counted.
 
     The passage is the one that is found first, where it holds an answer, as it will be when questions are asked; else
     a window of the question's own document that does. Where passages are not ``needed``, a question that has none is
     a lesson without.
+
+    Args:
+        beside: what stands beside each question.
     """
     asked, skipped = to_learn_from(ledger, form)
     left_out = Counter(skipped)
@@ -85,14 +105,15 @@ def lessons(
         asked = [question for question in asked if question.documents]
     ranked = retriever.retrieve([question.question for question in asked], 1) if asked else []
     found = []
-    for question, first in zip(asked, ranked, strict=True):
+    for question, first, (shown, weight) in zip(asked, ranked, beside(asked), strict=True):
         own = gold_passages(ledger, question, retriever.encoder.splitter, segment)
         held = next((one for one in (*first, *own) if contains(one.text, question.answers)), None)
         if held is None and needed:
             left_out["no passage holds its answer"] += 1
             continue
         answer = next((text for text in question.answers if held and contains(held.text, [text])), question.answers[0])
-        found.append(lesson(base, form, question, answer, () if held is None else (held,)))
+        made = lesson(base, form, question, answer, () if held is None else (held,))
+        found.append(replace(made, shown=shown, weight=weight))
     return found, dict(+left_out)
 
 
