@@ -110,9 +110,10 @@ def test_questions_are_drawn_by_the_seed_and_never_from_training(world):
 
 
 def test_method_names():
-    assert parse_methods("all") == [*CONTROLS, "memory", "prefix", "edit"] and parse_methods(
-        "gold, closed,gold"
-    ) == ["gold", "closed"]
+    assert parse_methods("all") == [*CONTROLS, "memory", "prefix", "edit"] and parse_methods("gold, closed,gold") == [
+        "gold",
+        "closed",
+    ]
     for bad in ("", "nothing", "closed,nope"):
         with pytest.raises(UsageError, match="--methods"):
             parse_methods(bad)

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -488,3 +489,15 @@ def test_self_study_runs_on_a_model(base, tmp_path):
     method = memory(base, tmp_path, study=1, epochs=1)
     method.learn(ledger_of(tmp_path))
     assert method.pieces
+
+
+def test_pages_are_seen_as_often_as_told(base, tmp_path, monkeypatch):
+    from byheart.methods.memory import method as module
+
+    seen = []
+    plain = module.packed
+    monkeypatch.setattr(module, "packed", lambda *args: seen.append(plain(*args)) or seen[-1])
+    for pages in (1, 3):
+        memory(base, tmp_path / str(pages), pages=pages, epochs=1, packings=1).learn(ledger_of(tmp_path / str(pages)))
+    once, thrice = (Counter(row.ids for row in rows) for rows in seen)
+    assert set(once) == set(thrice) and {thrice[ids] / once[ids] for ids in once} == {1, 3}

@@ -61,6 +61,7 @@ class MemoryOptions:
         wordings: of each fact, how many of its wordings are learnt; 0: all.
         study: of each window of a page, questions that the model asks itself and rewritings that it makes (self-study).
         epochs: how often everything is seen.
+        pages: how often in an epoch pages are: text takes more turns to learn than answers do.
         batch: sequences a step.
         lr, warmup, decay, clip: see :class:`byheart.training.Recipe`.
         keep: weight of KL(base || memory) on a row of ordinary text each step: what holds the rest of the model still.
@@ -76,6 +77,7 @@ class MemoryOptions:
     learn: What = "doctemp"
     wordings: int = 0
     study: int = 0
+    pages: int = 1
     epochs: int = 25
     batch: int = 4
     lr: float = 1e-3
@@ -99,7 +101,7 @@ class Memory(Closed):
             raise DataError(f"{self.name}: {base.name} is an encoder-decoder model; memory needs a decoder-only one")
         super().__init__(base, settings, work)
         self.options = parse_options(MemoryOptions, self.name, settings.options)
-        for name in ("width", "epochs", "batch", "packings"):
+        for name in ("width", "epochs", "batch", "packings", "pages"):
             if getattr(self.options, name) < 1:
                 raise UsageError(f"--set memory.{name}={getattr(self.options, name)}: must be at least 1")
         self.blocks = choose_blocks(self.options.blocks, len(base.parts.blocks))
@@ -172,7 +174,9 @@ class Memory(Closed):
         options, seed = self.options, self.settings.seed
         self.adapters, self.pieces, self.losses = self._fresh(), [], []
         self.ordinary = self._ordinary_rows()
-        several = [packed(self.base.tokenizer, pieces, n, frame, self._pack) for n in range(options.packings)]
+        # Text takes more turns to learn than answers do.
+        seen = [*pieces, *[piece for piece in pieces if piece.kind == "page"] * (options.pages - 1)]
+        several = [packed(self.base.tokenizer, seen, n, frame, self._pack) for n in range(options.packings)]
         if not several[0]:
             return Trained(), (f"nothing to learn with memory.learn={options.learn}: the base model as it is",)
         upper = Upper(self.base, self.adapters, options.place)
