@@ -338,8 +338,11 @@ def test_heads_begin_at_real_text_and_emit_for_each_passage(tiny, minilm):
     assert np.allclose(pooled.numpy(), minilm.encode(TEXTS), atol=2e-2)
 
 
-@pytest.mark.parametrize(("encoder", "distil"), [("compressed", "0"), ("compressed", "0.5"), ("text", "0")])
-def test_few_columns_a_passage_are_learnt_and_kept(tiny, small, tmp_path, encoder, distil):
+@pytest.mark.parametrize(
+    ("encoder", "distil", "along"),
+    [("compressed", "0", "false"), ("compressed", "0.5", "false"), ("text", "0", "false"), ("text", "0", "true")],
+)
+def test_few_columns_a_passage_are_learnt_and_kept(tiny, small, tmp_path, encoder, distil, along):
     base = tiny("llama")
     small.insert(
         [
@@ -348,11 +351,16 @@ def test_few_columns_a_passage_are_learnt_and_kept(tiny, small, tmp_path, encode
         ]
     )
     given = {"encoder": encoder, "columns": "4", "epochs": "40", "batch": "2", "lr": "0.1", "distil": distil}
-    options = {f"prefix.{name}": value for name, value in given.items()}
+    options = {f"prefix.{name}": value for name, value in given.items()} | {"prefix.tune_encoder": along}
     fresh = Prefix(base, Settings(shots=0, options=options | {"prefix.slots": "3"}), tmp_path / "fresh")
     report = fresh.learn(small)
     first, last = (float(word) for word in re.findall(r"\d+\.\d+", report.notes[0]))
     assert last < 0.95 * first
+    if along == "true":  # a copy moved, and the one that finds passages did not
+        ours, theirs = fresh.compressor.text.state_dict(), fresh.encoder.model.state_dict()
+        assert any(not torch.equal(ours[name].to(theirs[name]), theirs[name]) for name in theirs)
+        again = Prefix(base, Settings(), tmp_path / "other").encoder.model.state_dict()
+        assert all(torch.equal(again[name], theirs[name]) for name in theirs)
     kept = Prefix(base, Settings(shots=0, options=options | {"prefix.store": "disk"}), tmp_path / "kept")
     assert "3 passages" in kept.estimate(small)
     kept.learn(small)

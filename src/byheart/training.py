@@ -92,6 +92,7 @@ def train(
     recipe: Recipe,
     store: Path,
     progress: Callable[[int], None] = lambda count: None,
+    rates: Callable[[str], float] = lambda name: 1.0,
 ) -> Trained:
     """Train ``module`` in place.
 
@@ -101,16 +102,18 @@ def train(
     Args:
         loss: the loss of step number n, with its graph.
         store: a safetensors file for weights, moments and losses; its name must tell this training from any other.
+        rates: by a parameter's name, the share of the recipe's step size that it moves with.
     """
     named = {name: one for name, one in module.named_parameters() if one.requires_grad}
-    optimizer = torch.optim.AdamW(named.values(), lr=recipe.lr, weight_decay=recipe.decay)
+    groups = [{"params": [one], "rate": rates(name)} for name, one in named.items()]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.decay)
     done = _resume(named, optimizer, store)
     progress(len(done.losses))
     saved = time.perf_counter()
     for step in range(len(done.losses), recipe.steps):
         began = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
+            group["lr"] = recipe.rate(step) * group["rate"]
         found = loss(step)
         found.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(named.values(), recipe.clip)
@@ -128,8 +131,9 @@ def train(
 def _save(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, store: Path, done: Trained) -> None:
     kept: dict[str, Tensor] = {}
     for name, one in named.items():
-        state = optimizer.state[one]
-        kept |= {f"weight.{name}": one.data, f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
+        state = optimizer.state[one]  # empty where no gradient ever came
+        first, second = (state.get(key, torch.zeros_like(one)) for key in ("exp_avg", "exp_avg_sq"))
+        kept |= {f"weight.{name}": one.data, f"first.{name}": first, f"second.{name}": second}
     kept = {name: tensor.contiguous() for name, tensor in kept.items()}
     with replacing(store) as path:
         save_file(kept, path, {"losses": json.dumps(done.losses), "seconds": str(done.seconds)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,12 @@ class Heads(nn.Module):
     that real column. So training begins at the base model behind a text that it knows, and not at noise in its cache.
     """
 
-    def __init__(self, begin: KV, dim: int, seed: int) -> None:
-        """Take the columns of real text, the width of the encoder's states and what weights are drawn from."""
+    def __init__(self, begin: KV, dim: int, seed: int, text: nn.Module | None = None) -> None:
+        """Take the columns of real text, the width of the encoder's states and what weights are drawn from.
+
+        Args:
+            text: a copy of the encoder's model that is trained along; None where the encoder stays as it is.
+        """
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -49,6 +54,7 @@ class Heads(nn.Module):
             )
         self.gates = nn.Parameter(torch.zeros(len(begin.keys), 2))
         self.real = Slots(begin)
+        self.text = text
         self.to(begin.keys[0].device)
 
     def __len__(self) -> int:
@@ -112,6 +118,9 @@ def emitted(base: Base, heads: Heads, encoder: Encoder, passages: Sequence[Block
 
 def looked_up(heads: Heads, encoder: Encoder, passages: Sequence[Block]) -> Tensor:
     """What the heads' queries find in passages (rows, n, 256), with gradients to the heads."""
+    texts = [_text(passage) for passage in passages]
+    if heads.text is not None:
+        return heads.find(*replace(encoder, model=heads.text).states(texts))
     with torch.no_grad():
-        states, mask = encoder.states([_text(passage) for passage in passages])
+        states, mask = encoder.states(texts)
     return heads.find(states, mask)

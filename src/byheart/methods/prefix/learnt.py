@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -64,6 +65,7 @@ class PrefixOptions:
         encoder: ``cache``: all of a passage's keys and values; ``compressed``: those of a few learnt marks behind it;
             ``text``: a few that heads on the text encoder emit.
         columns: of a passage, where it is not the cache.
+        tune_encoder: with ``text``, train a copy of the text encoder along, in steps a hundred times smaller.
         distil, vicreg, fair, wrong: weights of what training adds to cross-entropy, see
             :class:`byheart.methods.prefix.tuning.Terms`; ``fair`` goes by the questions' ``kind``.
         study: of each window of a page, questions that the model asks itself and learns from, too (self-study).
@@ -86,6 +88,7 @@ class PrefixOptions:
     blend: float = 0.0
     encoder: Literal["cache", "compressed", "text"] = "cache"
     columns: int = 16
+    tune_encoder: bool = False
     distil: float = 0.0
     vicreg: float = 0.0
     fair: float = 0.0
@@ -130,6 +133,8 @@ class Learnt(Context):
             raise UsageError(
                 f"--set prefix.vicreg={options.vicreg}: is about what prefix.encoder=text says of passages"
             )
+        if options.tune_encoder and options.encoder != "text":
+            raise UsageError("--set prefix.tune_encoder=true: needs prefix.encoder=text")
         if options.passages == "none" and (options.wrong or options.realm):
             raise UsageError("--set prefix.passages=none: there are no passages for prefix.wrong or prefix.realm")
         if options.demonstrations and options.encoder != "cache":
@@ -320,7 +325,8 @@ class Learnt(Context):
             return Compressor(self.base, options.columns)
         if options.encoder == "text":
             begin = chosen_columns(self._begin(), options.columns)
-            return Heads(begin, self.encoder.card.dim, self.settings.seed)
+            own = deepcopy(self.encoder.model).float().requires_grad_(True) if options.tune_encoder else None
+            return Heads(begin, self.encoder.card.dim, self.settings.seed, own)
         return None
 
     def _batch(self, some: Sequence[Lesson], compressor: Compressor | Heads | None) -> Batch:

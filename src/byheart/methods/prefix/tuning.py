@@ -29,6 +29,7 @@ from byheart.training import Orders, Recipe, Trained, train
 _END = "\n\n"
 # Of a question: others with their answers, and how much it counts.
 Beside = tuple[tuple[Example, ...], float]
+_SLOW = 0.01
 # Lessons read at once.
 _READ = 16
 
@@ -185,7 +186,8 @@ def tune(
             total = total + terms.wrong * _kept(base, batch, some, logits)
         return total
 
-    return train(learnt, loss, recipe, store, progress)
+    # A text encoder that is trained along has been trained before; what is new beside it has not.
+    return train(learnt, loss, recipe, store, progress, lambda name: _SLOW if ".text." in name else 1.0)
 
 
 def likelihoods(base: Base, found: Sequence[Lesson], batch: Callable[[Sequence[Lesson]], Batch]) -> list[float]:
