@@ -31,7 +31,11 @@ QUALITY = (
     ("micro_f1", "micro-F1", "over the labels"),
     ("macro_f1", "macro-F1", "over the labels, each counted alike"),
     ("answer_probability", "p(answer)", "per-token probability of the first right answer"),
-    ("token_accuracy", "tokens", "share of the first right answer's tokens that are the likeliest, given those before"),
+    (
+        "token_accuracy",
+        "token acc.",
+        "share of the first right answer's tokens that are the likeliest, given those before",
+    ),
     ("bertscore", "BERTScore", "how alike the tokens of the answer and of the best right one are, to the encoder"),
     ("bleurt", "BLEURT", "how well the answer says what the best right one says, to a model trained on ratings"),
     ("abstained", "abstains", "share of answers that decline"),
@@ -299,9 +303,9 @@ def _dots(rows: list[dict[str, Any]], label: str, colours: dict[str, str], *, fa
     points = chart.mark_point(filled=True, size=90, opacity=1).encode(
         x=alt.X("value:Q", scale=scale), y=row, color=colour
     )
-    layered = alt.layer(bars, points).properties(width=820, height=30 * len(order))
+    layered = alt.layer(bars, points).properties(width=980, height=30 * len(order))
     if facet:
-        layered = layered.properties(width=340, height=24 * len(order)).facet(
+        layered = layered.properties(width=430, height=24 * len(order)).facet(
             alt.Facet("kind:N", title=None), columns=2
         )
     return svg(layered)
@@ -328,15 +332,16 @@ def _scatter(
         color=colour,
     )
     points = chart.mark_point(filled=True, size=90, opacity=1).encode(x=x, y="value:Q", color=colour)
-    # Names at two heights in turn: methods that cost the same stand on one another otherwise.
+    # Names at three heights in turn: methods that cost much the same stand on one another otherwise.
+    beside = sorted(rows, key=lambda row: float(row[key]))
     names = [
         alt.Chart(alt.Data(values=some))
         .mark_text(align="left", dx=9, dy=dy, fontSize=12)
         .encode(x=x, y="value:Q", text="method:N", color=colour)
-        for some, dy in ((rows[::2], -9), (rows[1::2], -23))
+        for some, dy in ((beside[::3], -9), (beside[1::3], -23), (beside[2::3], 14))
         if some
     ]
-    return svg(alt.layer(limits, points, *names).properties(width=360, height=230))
+    return svg(alt.layer(limits, points, *names).properties(width=440, height=250))
 
 
 def _colour(colours: dict[str, str]) -> Any:
