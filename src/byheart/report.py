@@ -34,7 +34,7 @@ QUALITY = (
     (
         "token_accuracy",
         "token acc.",
-        "share of the first right answer's tokens that are the likeliest, given those before",
+        "share of the first right answer's tokens that are the likeliest where they stand",
     ),
     ("bertscore", "BERTScore", "how alike the tokens of the answer and of the best right one are, to the encoder"),
     ("bleurt", "BLEURT", "how well the answer says what the best right one says, to a model trained on ratings"),
