@@ -121,6 +121,15 @@ def test_a_retriever_that_learnt_is_kept(tiny, ledger, tmp_path, monkeypatch):
     for wrong, why in (({"realm": 1}, "use 2 or more"), ({"realm": 2, "passages": "none", "slots": 2}, "no passages")):
         with pytest.raises(UsageError, match=why):
             prefix(base, tmp_path, **wrong)
+    # Another reader is asked anew, the same is not.
+    other = prefix(base, tmp_path / "other", realm=3, epochs=1, slots=2)
+    report = other.learn(ledger)
+    for count in (1, 2):
+        other._follow_reader(ledger, report)
+        assert len(list((tmp_path / "other").glob("read-*.json"))) == count
+        other.slots.keys[0].data += 1
+    with pytest.raises(UsageError, match="bm25"):
+        Prefix(base, Settings(retriever="bm25", options={"prefix.realm": "2"}), tmp_path)
     with pytest.raises(DataError, match="9 passages are found"):
         prefix(base, tmp_path / "many", realm=9).learn(ledger)
 
@@ -131,11 +140,13 @@ def test_a_retriever_that_learnt_is_kept(tiny, ledger, tmp_path, monkeypatch):
 def test_spread_is_vicregs_formula():
     torch.manual_seed(0)
     states = torch.randn(6, 2, 5, dtype=torch.float64) * torch.tensor([0.1, 0.5, 1, 2, 3])
-    rows = states.reshape(12, 5).numpy()
-    variance = np.maximum(0, 1 - np.sqrt(rows.var(0) + 1e-4)).mean()
-    covariance = np.cov(rows.T)
+    each = [states[:, n].numpy() for n in range(2)]  # what one query says of all passages
+    variance = np.mean([np.maximum(0, 1 - np.sqrt(rows.var(0) + 1e-4)).mean() for rows in each])
+    covariance = sum(np.cov(rows.T) for rows in each) / 2
     off = (covariance**2).sum() - (np.diag(covariance) ** 2).sum()
     assert float(tuning.spread(states)) == pytest.approx(variance + off / 5)
+    # Queries that say different things, but of all passages the same, are the collapse that it is there to see.
+    assert float(tuning.spread(torch.randn(1, 2, 5).expand(6, 2, 5))) == pytest.approx(0.99)
     assert float(tuning.spread(torch.zeros(3, 1, 4))) == pytest.approx(0.99)
 
 
@@ -145,7 +156,7 @@ def test_the_gap_is_between_the_groups_means():
     assert found.item() == 3.0  # b at 5, and a and c at 2
     found.backward()
     assert losses[2].grad == 1
-    assert float(tuning.gap(losses, ["a"] * 4)) == 0
+    assert tuning.gap(losses, ["a"] * 4).item() == 0
 
 
 @pytest.mark.parametrize("encoder", ["cache", "compressed"])
@@ -209,6 +220,9 @@ def test_terms_that_cannot_be_are_refused(tiny, tmp_path):
     for options, why in (
         ({"vicreg": 1, "slots": 2}, "encoder=text"),
         ({"wrong": 1, "passages": "none", "slots": 2}, "no passages"),
+        ({"wrong": 1, "batch": 1, "slots": 2}, "2 or more"),
+        ({"hard": 1}, r"prefix\.hard=1\.0: nothing is trained"),
+        ({"study": 1}, "nothing is trained"),
     ):
         with pytest.raises(UsageError, match=why):
             prefix(tiny("llama"), tmp_path, **options)
@@ -246,6 +260,19 @@ def test_a_corpus_in_one_cache_learns_from_what_the_model_asks_itself(tiny, ledg
     assert texts == set(PAGES.values())
 
 
+def test_columns_that_begin_as_pages_forget_a_retracted_one(tiny, ledger, tmp_path):
+    base = tiny("llama")
+    found = []
+    for gone in (None, "flag"):
+        if gone:
+            ledger.retract("document", gone)
+        method = prefix(base, tmp_path, passages="none", slots=6, begin="pages", epochs=1)
+        method.learn(ledger)
+        found.append(method.slots.keys[0].detach())
+    assert not torch.equal(*found)
+    assert not list((tmp_path / "prefix").rglob("*.safetensors"))
+
+
 def test_what_was_made_before_a_kill_is_not_made_again(tmp_path):
     calls = []
 
@@ -267,7 +294,7 @@ def test_what_was_made_before_a_kill_is_not_made_again(tmp_path):
 
 
 def instance(id, question, answer, passage=None):
-    return Instance(id, Example(question, answer, passage))
+    return Instance(id, Example(question, answer, passage), (answer,))
 
 
 def test_votes_hardness_and_interpolation_are_the_papers(minilm):
@@ -337,6 +364,21 @@ def test_instances_are_shown_vote_and_follow_the_ledger(tiny, ledger, tmp_path):
         left = method.instances.nearest([asked[0].question], 4)[0]
         assert all(one.example.passage is None or one.example.passage.document != "quay" for one, _ in left)
         assert ("t0" in {one.id for one, _ in left}) == (kind == "document")
+    # What comes is shown and votes; a page that comes back is shown again, whichever of its answers it holds.
+    assert all(one.example.passage is None for one in method.instances.all.values() if one.id == "t0")
+    again = Question(id="t7", question="When did they light the lamp?", answers=["in 1930", "1931"], split="train")
+    for row in (again, Document(id="back", text="In 1931 the lamp of the quay was lit.")):
+        stand = ledger.revision
+        ledger.insert([row])
+        (change,) = ledger.history(since=stand)
+        method.revise(change)
+    shown = method.instances.all["t7"].example
+    assert (shown.passage.document, shown.answer) == ("back", "1931")
+    # Nothing of what is shown stays on disk.
+    kept = prefix(base, tmp_path / "disk", demonstrations=2, slots=2, store="disk", epochs=1)
+    kept.learn(ledger)
+    files = set((tmp_path / "disk" / "prefix").rglob("*.safetensors"))
+    assert files == {kept.cache.path(one) for _, one in kept._retriever.index.all_passages()}
     with pytest.raises(DataError, match=r"no prefix\.demonstrations"):
         prefix(tiny("gpt2"), tmp_path, demonstrations=1)
     with pytest.raises(UsageError, match=r"needs prefix\.encoder=cache"):
@@ -381,8 +423,13 @@ def test_the_controls_have_the_same_columns_and_other_passages(tiny, ledger, tmp
     with pytest.raises(UsageError, match="cannot be kept"):
         gold[0].save_pretrained(tmp_path / "saved")
     none = Settings(shots=0, options={"prefix.slots": "4", "prefix.passages": "none"})
-    method = method_class("prefix-gold")(base, none, tmp_path / "none")
-    method.learn(ledger)
-    with pytest.raises(UsageError, match="no passages for prefix-gold"):
-        method.answer(asked)
+    with pytest.raises(UsageError, match="no passages for prefix-shuffled"):
+        method_class("prefix-shuffled")(base, none, tmp_path / "none")
+    with pytest.raises(UsageError, match="controls take the options of prefix"):
+        method_class("prefix")(base, Settings(options={"prefix-gold.slots": "4"}), tmp_path)
+    # Two right pages where keys cannot be moved: the first.
+    both = asked[0].model_copy(update={"documents": ["quay", "vell"]})
+    alone = method_class("prefix-gold")(tiny("gpt2"), Settings(shots=0), tmp_path / "alone")
+    alone.learn(ledger)
+    assert [one.document for one in alone.answer([both])[0].evidence] == ["quay"]
     assert "prefix-gold" not in parse_methods("all") and "prefix" in parse_methods("all")

@@ -34,7 +34,7 @@ def test_a_packed_layer_is_near_its_own_and_gradients_are_those_of_what_it_compu
     assert not Int8Linear(linear)(inputs).isnan().any()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "opt", "gpt2"])
 def test_a_packed_model_is_found_read_and_learnt_through(tokenizer, family):
     plain = make_base(family, tiny_model(family, len(tokenizer)), tokenizer)
     base = make_base(family, tiny_model(family, len(tokenizer)), tokenizer, packed=True)

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from byheart.errors import DataError
 
 
 class Int8Linear(nn.Module):
@@ -16,9 +19,9 @@ class Int8Linear(nn.Module):
     in the type of what comes in; the matrix is unpacked for it and thrown away, also on the way back.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
         super().__init__()
-        matrix = linear.weight.detach()
+        matrix = linear.weight.detach() if isinstance(linear, nn.Linear) else linear.weight.detach().T
         scale = matrix.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         self.weight: Tensor
         self.register_buffer("weight", (matrix.float() / scale).round().to(torch.int8))
@@ -47,9 +50,21 @@ class _Product(torch.autograd.Function):
 
 
 def quantize(model: nn.Module) -> None:
-    """Put :class:`Int8Linear` in the place of every linear layer but the head, in place."""
+    """Put :class:`Int8Linear` in the place of every linear layer but the head, in place.
+
+    Raises:
+        DataError: where there is none.
+    """
     head = model.get_output_embeddings()  # type: ignore[operator]
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear and child is not head:
-                setattr(module, name, Int8Linear(child))
+    found = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) in (nn.Linear, Conv1D) and child is not head
+    ]
+    if not found:
+        raise DataError(
+            "byheart cannot pack this model: it has no linear layers beside its head; leave --dtype int8 out"
+        )
+    for module, name, child in found:
+        setattr(module, name, Int8Linear(child))

@@ -69,6 +69,8 @@ def _learn(
     from byheart.storage import check_replaceable
 
     cls = method_class(method)
+    if why := getattr(cls, "not_kept", ""):
+        raise UsageError(f"{method}: {why}")
     if gate:
         if method != "edit":
             raise UsageError("--gate: only edit has a gate")

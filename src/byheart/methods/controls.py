@@ -38,6 +38,8 @@ class _Control:
 
     name: ClassVar[str]
     learns: ClassVar[Kind] = "document"
+    # Why it cannot be written to a folder; empty where it can.
+    not_kept: ClassVar[str] = ""
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         self.base, self.settings, self.work = base, settings, work
@@ -197,6 +199,7 @@ class Gold(_Control):
     """The known right passages in the prompt: as good as retrieval could ever be."""
 
     name = "gold"
+    not_kept = "needs questions with known documents, so it cannot be kept; use it in compare"
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Keep the ledger at hand; the passages are looked up when they are asked for."""
@@ -205,7 +208,7 @@ class Gold(_Control):
 
     def save_pretrained(self, path: Path) -> None:
         """Refused: without a ledger that names the right documents there is nothing to answer from."""
-        raise UsageError(f"{self.name}: needs questions with known documents, so it cannot be kept; use it in compare")
+        raise UsageError(f"{self.name}: {self.not_kept}")
 
     def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
         """A window of each of the question's documents."""

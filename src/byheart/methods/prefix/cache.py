@@ -102,7 +102,7 @@ class Cache:
             for passage, found in zip(step, self.encode(step, kept=False), strict=True):
                 self.files.put(self.path(passage), found)
 
-    def size(self, passages: Iterable[Passage], columns: int | None) -> tuple[int, int]:
+    def size(self, passages: Iterable[Block], columns: int | None) -> tuple[int, int]:
         """How many passages, and about how many bytes each.
 
         Args:

@@ -25,6 +25,8 @@ from byheart.storage import write_text
 
 # Instances that vote on an answer.
 NEAREST = 16
+# Questions whose likeness to all instances is in memory at once.
+_QUESTIONS = 256
 # An instance is shown with a short window of its passage around the answer, as the examples of a prompt are.
 _WINDOW = "64/32"
 # Of what no neighbour says: an answer counts at most 1 + 4.6 times the weight of "hard" for it.
@@ -33,10 +35,15 @@ _LEAST = 0.01
 
 @dataclass(frozen=True)
 class Instance:
-    """A training question with its answer and, where one was found, a window that holds it."""
+    """A training question with its answer and, where one was found, a window that holds it.
+
+    Attributes:
+        answers: all that count as right, the example's among them.
+    """
 
     id: str
     example: Example
+    answers: tuple[str, ...]
 
 
 Near = list[tuple[Instance, float]]
@@ -70,16 +77,23 @@ class Instances:
             shown: only such as have a window to show.
         """
         some = [one for one in self.all.values() if one.example.passage is not None or not shown]
-        if not some or not questions:
+        if not some or not questions or not count:
             return [[] for _ in questions]
-        scores = self._encoder.encode(list(questions)) @ np.stack([self._vectors[one.id] for one in some]).T
-        names = np.array([normalize(one.example.question) for one in some])
-        found = []
-        for question, row in zip(questions, scores, strict=True):
-            row = np.where(names == normalize(question), -np.inf, row)
-            best = [n for n in np.argsort(-row, kind="stable")[:count] if np.isfinite(row[n])]
-            shares = np.exp(SHARPNESS * (row[best] - row[best].max())) if best else np.empty(0)
-            found.append([(some[n], float(share)) for n, share in zip(best, shares / shares.sum(), strict=True)])
+        places: dict[str, list[int]] = {}
+        for n, one in enumerate(some):
+            places.setdefault(normalize(one.example.question), []).append(n)
+        vectors = np.stack([self._vectors[one.id] for one in some])
+        found: list[Near] = []
+        for start in range(0, len(questions), _QUESTIONS):
+            asked = list(questions[start : start + _QUESTIONS])
+            scores = self._encoder.encode(asked) @ vectors.T
+            for question, row in zip(asked, scores, strict=True):
+                row[places.get(normalize(question), [])] = -np.inf
+                best = np.argpartition(-row, min(count, len(row)) - 1)[:count]
+                best = best[np.isfinite(row[best])]
+                best = best[np.lexsort((best, -row[best]))]
+                shares = np.exp(SHARPNESS * (row[best] - row[best].max(initial=-np.inf))) if len(best) else row[best]
+                found.append([(some[n], float(share)) for n, share in zip(best, shares / shares.sum(), strict=True)])
         return found
 
     def save(self, path: Path) -> None:
@@ -96,8 +110,12 @@ class Instances:
         """
         try:
             rows = [
-                Instance(row["id"], Example(**row["example"] | {"passage": passage and Passage(**passage)}))
-                for _, row in read_objects(path, ("id", "example"))
+                Instance(
+                    row["id"],
+                    Example(**row["example"] | {"passage": passage and Passage(**passage)}),
+                    tuple(row["answers"]),
+                )
+                for _, row in read_objects(path, ("id", "example", "answers"))
                 for passage in [row["example"]["passage"]]
             ]
         except (TypeError, KeyError) as error:
@@ -109,7 +127,10 @@ def instances_of(questions: Sequence[Question], retriever: Retriever) -> list[In
     """Training questions that have an answer, each with a window that holds it of what is found first for it."""
     asked = [one for one in questions if one.split == "train" and one.answers]
     ranked = retriever.retrieve([one.question for one in asked], 1)
-    return [Instance(one.id, _example(one, hits, retriever.encoder)) for one, hits in zip(asked, ranked, strict=True)]
+    return [
+        Instance(one.id, _example(one, hits, retriever.encoder), tuple(one.answers))
+        for one, hits in zip(asked, ranked, strict=True)
+    ]
 
 
 def _example(question: Question, hits: Sequence[Passage], encoder: Encoder) -> Example:

@@ -21,7 +21,7 @@ from byheart.ledger import Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.controls import Context
 from byheart.methods.prefix.behind import Sample, shared, side_by_side
-from byheart.methods.prefix.cache import Block, Cache
+from byheart.methods.prefix.cache import Block, Cache, digest_of
 from byheart.methods.prefix.compress import Compressed, Compressor
 from byheart.methods.prefix.heads import Emitted, Heads, looked_up
 from byheart.methods.prefix.instances import NEAREST, Instances, hardness
@@ -41,10 +41,9 @@ from byheart.methods.prefix.tuning import (
 )
 from byheart.methods.study import ask_itself
 from byheart.progress import scaled
-from byheart.prompt import FORM_EXAMPLES, PromptFormat
+from byheart.prompt import FORM_EXAMPLES, Example, PromptFormat
 from byheart.retrieve import embedded, searchable
 from byheart.rows import Question
-from byheart.segment import Passage
 from byheart.storage import fingerprint, resumed
 from byheart.training import Orders, Recipe
 
@@ -133,6 +132,7 @@ class Learnt(Context):
             raise UsageError(
                 f"--set prefix.vicreg={options.vicreg}: is about what prefix.encoder=text says of passages"
             )
+        self._check_options(settings)
         if options.tune_encoder and options.encoder != "text":
             raise UsageError("--set prefix.tune_encoder=true: needs prefix.encoder=text")
         if options.passages == "none" and (options.wrong or options.realm):
@@ -158,6 +158,30 @@ class Learnt(Context):
         self.compressor: Compressor | Heads | None = None
         self.turn: Turn | None = None
         self.instances: Instances | None = None
+
+    def _check_options(self, settings: Settings) -> None:
+        """What would silently do nothing is refused."""
+        options = self.options
+        for key in settings.options:
+            if key.startswith(f"{Learnt.name}-"):
+                raise UsageError(f"--set {key}: controls take the options of {Learnt.name}")
+        if not self._trains:
+            for name in ("distil", "vicreg", "fair", "wrong", "study", "hard"):
+                if getattr(options, name):
+                    raise UsageError(
+                        f"--set prefix.{name}={getattr(options, name)}: nothing is trained; learn prefix.slots, or a "
+                        "prefix.encoder"
+                    )
+        for name in ("fair", "wrong"):
+            if getattr(options, name) and options.batch == 1:
+                raise UsageError(
+                    f"--set prefix.{name}={getattr(options, name)}: holds questions of a batch against "
+                    "each other; use a prefix.batch of 2 or more"
+                )
+        if options.realm and settings.retriever == "bm25":
+            raise UsageError(
+                f"--set prefix.realm={options.realm}: turns question vectors, which --retriever bm25 has not"
+            )
 
     @property
     def whole(self) -> Cache:
@@ -219,14 +243,20 @@ class Learnt(Context):
         if not found:
             why = "whose document holds its answer" if needed else "with an answer"
             raise DataError(f"prefix: there is something to learn, and the ledger has no training question {why}")
+        if not needed:
+            found = [replace(one, passages=()) for one in found]
+        blocks = list(dict.fromkeys(block for lesson in found for block in lesson.blocks))
+        self.whole.size(blocks, None)
         before = set(self._files.folder.rglob("*.safetensors"))
-        self.whole.keep(block for lesson in found for block in lesson.blocks)
+        self.whole.keep(blocks)
         orders = Orders([len(found)], options.batch, options.epochs, seed)
         if options.slots:
             self.slots = Slots(chosen_columns(self._begin(), options.slots))
         compressor = self._fresh()
         learnt = nn.ModuleDict(dict(self._learnt) | ({} if compressor is None else {"compressor": compressor}))
-        mark = fingerprint(base.hash, str(base.dtype), self.form.pieces("", ()), asdict(options), seed, found)
+        # What is learnt begins as text of the ledger, so that another ledger gives another beginning.
+        begin = digest_of(learnt)
+        mark = fingerprint(base.hash, str(base.dtype), self.form.pieces("", ()), asdict(options), seed, found, begin)
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         ready = time.perf_counter() - began
 
@@ -240,6 +270,9 @@ class Learnt(Context):
         if not self._keeps or compressor is not None:
             for path in set(self._files.folder.rglob("*.safetensors")) - before:
                 path.unlink()
+        for block in blocks:
+            if isinstance(block, Example):  # is looked up anew for each question, and follows the ledger
+                self.whole.path(block).unlink(missing_ok=True)
         note = f"{len(found)} questions to learn from, {orders.steps} steps; {trained.course(options.epochs)}"
         return replace(report, seconds=ready + trained.seconds, skipped=skipped, notes=(note,))
 
@@ -247,7 +280,8 @@ class Learnt(Context):
         """Lessons that the model makes of the indexed passages itself."""
         passages = [passage for _, passage in self._retriever.index.all_passages()]
         count, seed = self.options.study, self.settings.seed
-        mark = fingerprint(self.base.hash, str(self.base.dtype), self.form.examples, passages, count, seed)
+        form = (self.form.examples, self.settings.chat)
+        mark = fingerprint(self.base.hash, str(self.base.dtype), form, passages, count, seed)
 
         def make(numbers: Sequence[int]) -> list[list[tuple[int, str, str]]]:
             some = {passages[n]: n for n in numbers}
@@ -258,10 +292,16 @@ class Learnt(Context):
             return list(asked.values())
 
         rows = resumed(self.work / f"study-{mark}.json", mark, range(len(passages)), _AT_ONCE, make)
-        return [
-            lesson(self.base, self.form, Question(id=f"study-{n}", question=q, kind="study"), answer, [passages[n]])
+        asked = [
+            (Question(id=f"study-{n}", question=question, answers=[answer], kind="study"), passages[n])
             for found in rows
-            for n, q, answer in found
+            for n, question, answer in found
+        ]
+        return [
+            replace(lesson(self.base, self.form, question, question.answers[0], [passage]), shown=shown, weight=weight)
+            for (question, passage), (shown, weight) in zip(
+                asked, self.beside([question for question, _ in asked]), strict=True
+            )
         ]
 
     def _follow_reader(self, ledger: Ledger, report: LearnReport) -> LearnReport:
@@ -273,21 +313,20 @@ class Learnt(Context):
         pairs = [(question, hits) for question, hits in zip(asked, ranked, strict=True) if len(hits) == k]
         if not pairs:
             raise DataError(f"prefix.realm: the ledger has no training question for which {k} passages are found")
-        mark = fingerprint(
-            self.base.hash, str(self.base.dtype), self.form.pieces("", ()), asdict(self.options), seed, pairs
-        )
+        found = [
+            [replace(lesson(self.base, self.form, question, question.answers[0], [hit]), shown=shown) for hit in hits]
+            for (question, hits), (shown, _) in zip(pairs, self.beside([one for one, _ in pairs]), strict=True)
+        ]
+        reader = (self.base.hash, str(self.base.dtype), digest_of(self._learnt))
+        mark = fingerprint(reader, self.form.pieces("", ()), asdict(self.options), seed, found)
 
-        def read(some: Sequence[tuple[Question, list[Passage]]]) -> list[list[float]]:
-            found = [
-                lesson(self.base, self.form, question, question.answers[0], [hit])
-                for question, hits in some
-                for hit in hits
-            ]
+        def read(some: Sequence[list[Lesson]]) -> list[list[float]]:
             with torch.no_grad():
-                each = likelihoods(self.base, found, lambda some: self._batch(some, self.compressor))
+                lessons = [one for of_question in some for one in of_question]
+                each = likelihoods(self.base, lessons, lambda some: self._batch(some, self.compressor))
             return [each[n : n + k] for n in range(0, len(each), k)]
 
-        told = resumed(self.work / f"read-{mark}.json", mark, pairs, _AT_ONCE, read)
+        told = resumed(self.work / f"read-{mark}.json", mark, found, _AT_ONCE, read)
         vectors = self.encoder.encode([question.question for question, _ in pairs])
         hits = embedded(self.encoder, [hit for _, hits in pairs for hit in hits], self.settings.segment)
         self.turn, trained = learn_turn(

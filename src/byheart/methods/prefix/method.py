@@ -158,20 +158,18 @@ class Prefix(Learnt):
     ) -> list[Answer]:
         """Answers, or choices, that are the best under the model and the nearest instances together."""
         near = instances.nearest([question.question for question in questions], NEAREST)
-        candidates = [
-            list(question.choices or dict.fromkeys([answer.text, *(one.example.answer for one, _ in some)]))
-            for question, answer, some in zip(questions, answers, near, strict=True)
-        ]
-        asked = [
-            replace(job, options=tuple(map(self.form.continuation, texts)))
-            for job, texts in zip(jobs, candidates, strict=True)
-        ]
-        found = []
+        found = list(answers)
+        candidates: dict[int, list[str]] = {}
+        for n, (question, answer, some) in enumerate(zip(questions, answers, near, strict=True)):
+            texts = question.choices or dict.fromkeys([answer.text, *(one.example.answer for one, _ in some)])
+            if there := [text for text in texts if text.strip()]:  # an answer of nothing has no likelihood
+                candidates[n] = there
+        asked = [replace(jobs[n], options=tuple(map(self.form.continuation, texts))) for n, texts in candidates.items()]
         done = complete(self.base, asked, max_new_tokens=0)
-        for question, answer, texts, one, some in zip(questions, answers, candidates, done, near, strict=True):
-            best = texts[interpolated(one.options, texts, some, self.options.interpolate)]
-            changed = replace(answer, choice=best) if question.choices else replace(answer, text=best)
-            found.append(replace(changed, seconds=answer.seconds + one.seconds))
+        for (n, texts), one in zip(candidates.items(), done, strict=True):
+            best = texts[interpolated(one.options, texts, near[n], self.options.interpolate)]
+            changed = replace(found[n], choice=best) if questions[n].choices else replace(found[n], text=best)
+            found[n] = replace(changed, seconds=changed.seconds + one.seconds)
         return found
 
     def _follow_instances(self, change: Change) -> None:
@@ -182,11 +180,11 @@ class Prefix(Learnt):
             self.instances.drop(change.id)
             stale = [change.after] if isinstance(change.after, Question) else []
         elif change.kind == "document":
-            # What is shown of the page may have changed, or it may be shown no longer.
+            # What is shown of the page may have changed, be shown no longer, or now be there to be shown.
             stale = [
-                Question(id=one.id, question=one.example.question, answers=[one.example.answer], split="train")
+                Question(id=one.id, question=one.example.question, answers=list(one.answers), split="train")
                 for one in self.instances.all.values()
-                if one.example.passage is not None and one.example.passage.document == change.id
+                if one.example.passage is None or one.example.passage.document == change.id
             ]
         self.instances.add(instances_of(stale, self._retriever))
 

@@ -209,13 +209,15 @@ def of_lessons(each: Tensor, some: Sequence[Lesson]) -> list[Tensor]:
 def spread(states: Tensor) -> Tensor:
     """VICReg's variance and covariance terms (Bardes et al. 2022, section 4.1), for states (rows, n, dim).
 
-    A hinge at a standard deviation of 1 keeps what is said of different passages apart; squared covariances, off the
-    diagonal, keep its numbers from saying the same.
+    A hinge at a standard deviation of 1 keeps what each of the n says of different passages apart; squared
+    covariances, off the diagonal, keep its numbers from saying the same. Both run over passages, not over the n, which
+    differ without saying anything.
     """
-    rows = states.flatten(0, 1)
-    rows = rows - rows.mean(0)
+    rows = states - states.mean(0)
     deviation = (rows.square().mean(0) + 1e-4).sqrt()
-    covariance = rows.T @ rows / max(len(rows) - 1, 1)
+    count = max(len(states) - 1, 1) * states.shape[1]
+    rows = rows.flatten(0, 1)
+    covariance = rows.T @ rows / count
     off = covariance - covariance.diag().diag()
     return (1 - deviation).clamp(min=0).mean() + off.square().sum() / states.shape[-1]
 
