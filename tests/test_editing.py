@@ -100,9 +100,14 @@ def test_questions_that_name_their_page_become_edits(tmp_path):
         {"title": "Pell_Cove", "question": "Who rules Pell Cove?", "answers": {"text": ["Ann", "Anna"]}},
         {"title": "Pell_Cove", "question": "Who rules it?", "answers": ["Ann"]},
         {"title": "Ebb", "question": "Who rules Ebb?", "answers": []},
+        {"title": "Ebb", "question": "who rules ebb at ebbtide?", "answers": ["Ann"]},
+        {"title": "Ebb", "question": "Who knows of ebbtide?", "answers": ["Ann"]},
     )
-    (case,) = question_cases(path).cases
+    case, small = question_cases(path).cases
     assert (case.fact.prompt, case.fact.object) == ("Who rules {}?", "Ann")
+    assert (small.fact.prompt, small.fact.subject) == ("who rules {} at ebbtide?", "ebb")
+    with pytest.raises(DataError, match=r"q.jsonl: holds no record to edit \(q.jsonl:1: .* does not name"):
+        question_cases(lines(path, {"title": "Ebb", "question": "Who?", "answers": ["Ann"]}))
 
 
 def test_same_subject_batches_hold_one_subject_and_many_relations():

@@ -26,6 +26,9 @@ def test_bertscore_is_its_formula(minilm):
     precision, recall = float(cosine.max(1).values.mean()), float(cosine.max(0).values.mean())
     assert precision > recall
     assert found[3] == pytest.approx(2 * precision * recall / (precision + recall), abs=0.01)
+    # Texts of nothing in common stay within bounds: cosines of this encoder are negative there.
+    odd = judge.scores(["7", "of", "(", "xq"], [["Vell"], ["1931"], ["boats in the harbour"], ["the"]])
+    assert all(0 <= score <= 1 for score in odd)
     # The best of several right ones counts.
     both = [judge.scores([answers[1]], [[gold]])[0] for gold in golds[1]]
     assert found[1] == pytest.approx(max(both), abs=0.01) and both[0] != pytest.approx(both[1], abs=0.01)

@@ -39,7 +39,7 @@ class BertScore:
         self._encoder = encoder
 
     def scores(self, answers: Sequence[str], golds: Sequence[Sequence[str]]) -> list[float]:
-        """Between 0 and 1 for texts of words; 0 for an empty answer."""
+        """Between 0 and 1; 0 for an empty answer, and for one of which no token is like any of the right ones."""
         states = self._states(sorted({*answers, *(text for some in golds for text in some)}))
         return [
             max(_matched(states[answer], states[gold]) for gold in some)
@@ -65,8 +65,9 @@ def _matched(one: Tensor, other: Tensor) -> float:
     if not len(one) or not len(other):
         return 0.0
     alike = one @ other.T
-    precision, recall = alike.amax(1).mean(), alike.amax(0).mean()
-    return float(2 * precision * recall / (precision + recall).clamp(min=1e-9))
+    # A cosine can be negative, and a harmonic mean of numbers of both signs is without bound.
+    precision, recall = float(alike.amax(1).mean().clamp(0, 1)), float(alike.amax(0).mean().clamp(0, 1))
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 class Bleurt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,11 +142,14 @@ def _question_case(number: int, row: dict[str, Any]) -> Case:
     title, answers = str(row["title"]).replace("_", " "), row.get("answers") or []
     answers = answers.get("text", []) if isinstance(answers, dict) else answers
     question = str(row["question"]).strip()
-    if not title or title not in question or SUBJECT_PLACE in question:
+    named = re.search(rf"(?<!\w){re.escape(title)}(?!\w)", question, re.IGNORECASE) if title else None
+    if named is None or SUBJECT_PLACE in question:
         raise _Unusable("the question does not name its document's title")
     if not answers:
         raise _Unusable("the question has no answer")
-    fact = _fact(f"question-{number}", title, question.replace(title, SUBJECT_PLACE, 1), str(answers[0]), None)
+    # The subject as the question spells it: Natural Questions writes everything small.
+    prompt = question[: named.start()] + SUBJECT_PLACE + question[named.end() :]
+    fact = _fact(f"question-{number}", named.group(), prompt, str(answers[0]), None)
     return Case(fact, (Probe("edit", fact.filled(), fact.object),), "questions")
 
 
@@ -181,6 +185,9 @@ def _records(path: Path, needed: Iterable[str], make: Callable[[int, dict[str, A
             records.cases.append(make(number, row))
         except _Unusable as why:
             records.left_out[f"{path.name}:{number}"] = str(why)
+    if not records.cases:
+        first = next((f"{place}: {reason}" for place, reason in records.left_out.items()), "it is empty")
+        raise DataError(f"{path}: holds no record to edit ({first})")
     return records
 
 

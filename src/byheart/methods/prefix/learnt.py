@@ -308,6 +308,7 @@ class Learnt(Context):
         """Turn questions towards passages from which the model, with what it learnt, can tell the answer."""
         began = time.perf_counter()
         k, seed = self.options.realm, self.settings.seed
+        self.turn = self._retriever.turn = None  # learnt anew, from passages found without it, by a reader without it
         asked, _ = to_learn_from(ledger, self.form)
         ranked = self._retriever.retrieve([question.question for question in asked], k)
         pairs = [(question, hits) for question, hits in zip(asked, ranked, strict=True) if len(hits) == k]
