@@ -11,6 +11,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from byheart import kv
 from byheart.base import make_base
@@ -299,20 +302,113 @@ def test_slots_without_a_lesson_are_refused(tiny, small, tmp_path):
         Prefix(tiny("llama"), Settings(options={"prefix.slots": "4"}), tmp_path).learn(small)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
-def test_marks_begin_as_a_text_behind_the_passage(tiny, family):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "qwen3"])
+def test_what_queries_find_is_the_models_own_attention(tiny, family):
+    """With and without the passage, the parts add up to what a forward gives the output projection."""
     base = tiny(family)
-    one = compress.Compressor(base, 6)
-    head = kv.read(base, [ids_of(base, ASKED[0])])[0]
-    pasts = [(head, past) for past in kv.read(base, [ids_of(base, text) for text in TEXTS], head)]
-    columns = one.read(base, pasts)
-    marks = ids_of(base, compress._BEGIN)[:6]
-    for row, past in enumerate(pasts):
-        plain = kv.read(base, [marks], kv.joined(past))[0]
-        for (key, value), a, b in zip(columns, plain.keys, plain.values, strict=True):
-            assert close(key[row], a, 1e-4) and close(value[row], b, 1e-4)
-    columns[-1][1].sum().backward()
-    assert float(one.marks.grad.abs().max()) > 0 and float(one.steer.grad.abs().amax((1, 2)).min()) > 0
+    head, text = ids_of(base, ASKED[0]), ids_of(base, TEXTS[0])
+    before = kv.read(base, [head])[0]
+    block = kv.read(base, [text], before)[0]
+    rows, leads = [ids_of(base, ASKED[1]), ids_of(base, TEXTS[1])], [2, 0]
+    found = compress.looks(base, before, block, rows, leads)
+    # Deeper layers have seen the passage in the layers below; a window would reach further without it.
+    alike = {True: len(found), False: 0 if family == "gemma3_text" else 1}
+    for past, whole in (((before, block), True), ((before,), False)):
+        alone = [attended(base, kv.joined(past), row, lead, block.end) for row, lead in zip(rows, leads, strict=True)]
+        for n in range(alike[whole]):
+            ours = found[n].rest + (found[n].toward if whole else 0)
+            assert close(ours, torch.cat([one[n] for one in alone], 1), 1e-4)
+
+
+def attended(base, past, row, lead, start):
+    """By layer (kv_heads, n, head_dim), what transformers' own attention gives a row's tokens from ``lead`` on."""
+    given = []
+
+    def noted(module, query, *args, **kwargs):
+        output = sdpa_attention_forward(module, query, *args, **kwargs)  # (1, n, heads, dim)
+        groups = past.keys[0].shape[0]
+        given.append(output[0][0, lead:].unflatten(1, (groups, -1)).movedim(1, 0).flatten(1, 2))
+        return output
+
+    AttentionInterface.register("noted", noted)
+    AttentionMaskInterface.register("noted", sdpa_mask)
+    base.model.set_attn_implementation("noted")
+    try:
+        with torch.no_grad():
+            base.model(
+                input_ids=torch.tensor([row]),
+                attention_mask=torch.ones(1, past.columns + len(row), dtype=torch.long),
+                position_ids=torch.arange(start, start + len(row))[None],
+                past_key_values=kv.begun(base, past),
+            )
+    finally:
+        base.model.set_attn_implementation("sdpa")
+    return given
+
+
+def test_fitted_columns_say_what_the_passage_says(tiny):
+    torch.manual_seed(0)
+    heads, n, columns, dim, count = 2, 90, 24, 8, 6
+    keys, values = torch.randn(heads, columns, dim), torch.randn(heads, columns, dim)
+    queries, rest, mass = torch.randn(heads, n, dim), torch.randn(heads, n, dim), torch.randn(heads, n) + 1
+    given = torch.cat([queries @ keys.mT, mass[..., None]], -1).softmax(-1)[..., :-1]
+    toward = given @ values - given.sum(-1, keepdim=True) * rest
+    seen = compress.Looks(queries, rest, toward, mass, given.square().sum(1))
+    assert float(compress.error(seen, keys, values).max()) < 1e-9  # all columns miss nothing
+    fitted = compress.error(seen, *compress.fit(seen, keys, values, count))
+    begin, chosen = compress._clusters(keys, values, seen.weight, count)
+    now = compress._given(seen, begin)
+    regressed = compress.error(seen, begin, compress._best_values(seen, now, chosen))
+    most = seen.weight.topk(count, -1).indices[..., None].expand(-1, -1, dim)
+    picked = compress.error(seen, keys.gather(1, most), values.gather(1, most))
+    assert bool((fitted < 0.8 * regressed).all() and (regressed < 0.8 * picked).all())
+    # The gradient written out is autograd's, and the best values are where the one in the values is nothing.
+    moving, best = begin.clone().requires_grad_(), compress._best_values(seen, now, chosen).requires_grad_()
+    compress._missed(seen, compress._given(seen, moving), best).square().sum().mul(0.5).backward()
+    assert close(moving.grad, compress._slope(seen, now, best.detach()), 1e-4)
+    assert float(best.grad.abs().max()) < 1e-2 * float(moving.grad.abs().max())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_compressed_passage_is_nearer_to_the_whole_one_than_none(tiny, small, tmp_path, family):
+    base = tiny(family)
+    whole, few = (
+        Prefix(base, Settings(shots=0, options=options), tmp_path / str(len(options)))
+        for options in ({}, {"prefix.encoder": "compressed", "prefix.columns": "8"})
+    )
+    for method in (whole, few):
+        method.learn(small)
+    passage = next(iter(few._retriever.index.all_passages()))[1]
+    (block,), (short,) = (one.cache.encode([passage], kept=False) for one in (whole, few))
+    assert short.columns == few.cache.columns(passage) == 8 < block.columns
+    assert (short.start, short.end) == (block.start, block.end)
+    ids = ids_of(base, passage.text)[4:12]
+
+    def logits(*past):
+        with torch.inference_mode():
+            there = kv.joined(past) if past else None
+            return base.model(
+                input_ids=torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids) + kv.length(past), dtype=torch.long),
+                position_ids=torch.arange(block.end, block.end + len(ids))[None],
+                past_key_values=kv.begun(base, there),
+            ).logits.log_softmax(-1)
+
+    head = [] if few.cache.head is None else [few.cache.head]
+    right, ours, none = logits(*head, block), logits(*head, short), logits(*head)
+    assert float((right - ours).square().mean()) < 0.5 * float((right - none).square().mean())
+    # A passage of no more tokens than that stays as it is.
+    short = Passage("p", "", "one", 0, 3)
+    assert few.cache.columns(short) == few.cache.encode([short], kept=False)[0].columns < 8
+
+
+def test_attention_that_cannot_be_watched_compresses_nothing(tiny, small, tmp_path):
+    base = tiny("gemma2")
+    base.model.set_attn_implementation("eager")
+    method = Prefix(base, Settings(shots=0, options={"prefix.encoder": "compressed"}), tmp_path)
+    method.learn(small)
+    with pytest.raises(DataError, match="cannot be watched"):
+        asked_of(method)
 
 
 def test_heads_begin_at_real_text_and_emit_for_each_passage(tiny, minilm):
@@ -352,12 +448,13 @@ def test_few_columns_a_passage_are_learnt_and_kept(tiny, small, tmp_path, encode
     )
     given = {"encoder": encoder, "columns": "4", "epochs": "40", "batch": "2", "lr": "0.1", "distil": distil}
     options = {f"prefix.{name}": value for name, value in given.items()} | {"prefix.tune_encoder": along}
-    fresh = Prefix(base, Settings(shots=0, options=options | {"prefix.slots": "3"}), tmp_path / "fresh")
+    options |= {"prefix.slots": "3"}
+    fresh = Prefix(base, Settings(shots=0, options=options), tmp_path / "fresh")
     report = fresh.learn(small)
     first, last = (float(word) for word in re.findall(r"\d+\.\d+", report.notes[0]))
-    assert last < 0.95 * first
+    assert last < 0.95 * first and not list((tmp_path / "fresh").rglob("prefix/**/*.safetensors"))
     if along == "true":  # a copy moved, and the one that finds passages did not
-        ours, theirs = fresh.compressor.text.state_dict(), fresh.encoder.model.state_dict()
+        ours, theirs = fresh.heads.text.state_dict(), fresh.encoder.model.state_dict()
         assert any(not torch.equal(ours[name].to(theirs[name]), theirs[name]) for name in theirs)
         again = Prefix(base, Settings(), tmp_path / "other").encoder.model.state_dict()
         assert all(torch.equal(again[name], theirs[name]) for name in theirs)

@@ -162,18 +162,18 @@ def test_the_gap_is_between_the_groups_means():
 @pytest.mark.parametrize("encoder", ["cache", "compressed"])
 def test_what_an_answer_keeps_behind_a_wrong_passage(tiny, ledger, tmp_path, encoder):
     base = tiny("llama")
-    method = prefix(base, tmp_path, encoder=encoder, slots=3 if encoder == "cache" else 0, columns=3, epochs=1)
+    method = prefix(base, tmp_path, encoder=encoder, slots=3, columns=3, epochs=1)
     method.learn(ledger)
     found, _ = tuning.lessons(ledger, base, method.form, method._retriever, "288/64", method.beside)
 
     def distribution(one, passages):
-        batch = method._batch([Lesson(passages, one.asked, one.answer)], method.compressor)
+        batch = method._batch([Lesson(passages, one.asked, one.answer)], method.heads)
         logits, _ = tuning.answer_logits(base, batch.first, batch.samples)
         return logits[0].softmax(-1)
 
-    batch = method._batch(found, method.compressor)
+    batch = method._batch(found, method.heads)
     logits, _ = tuning.answer_logits(base, batch.first, batch.samples)
-    kept = tuning._kept(base, lambda some: method._batch(some, method.compressor), found, logits)
+    kept = tuning._kept(base, lambda some: method._batch(some, method.heads), found, logits)
     by_hand = [
         torch.minimum(distribution(one, one.passages), distribution(one, other.passages)).sum()
         for one, other in zip(found, [*found[1:], found[0]], strict=True)
@@ -190,7 +190,7 @@ def test_what_an_answer_keeps_behind_a_wrong_passage(tiny, ledger, tmp_path, enc
         {"encoder": "text", "columns": 4, "vicreg": 1.0},
         {"slots": 6, "fair": 1.0},
         {"slots": 6, "wrong": 5.0},
-        {"encoder": "compressed", "columns": 4, "wrong": 5.0, "fair": 0.5, "distil": 0.5},
+        {"encoder": "compressed", "columns": 4, "slots": 6, "wrong": 5.0, "fair": 0.5, "distil": 0.5},
     ],
     ids=["vicreg", "fair", "wrong", "all"],
 )

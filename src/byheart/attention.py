@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-_NAME = "byheart_tiled"
+_NAME, _WATCHED = "byheart_tiled", "byheart_watched"
 # Score entries of a product done for all rows at once; above it, a row and head at a time.
 _SMALL = 1 << 18
 
@@ -76,14 +76,46 @@ def tiled_attention(
 @contextmanager
 def fast_attention(model: Any) -> Iterator[None]:
     """Let a model attend by :func:`tiled_attention` inside the block, where it runs on a CPU and would use sdpa."""
-    found = model.config._attn_implementation
-    if found != "sdpa" or model.device.type != "cpu" or model.config.is_encoder_decoder:
+    if not _plain(model) or model.device.type != "cpu":
         yield
         return
-    AttentionInterface.register(_NAME, tiled_attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    model.set_attn_implementation(_NAME)
+    with _attending(model, _NAME, tiled_attention):
+        yield
+
+
+@contextmanager
+def watched_attention(
+    model: Any, see: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], None]
+) -> Iterator[None]:
+    """Inside the block, tell of every layer's queries, keys, values, mask and scaling, as attention functions get them.
+
+    A model that attends in a way of its own (capped scores, biases) is not watched: ``see`` is never called.
+    """
+
+    def watched(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        see(query, key, value, mask, scaling)
+        return tiled_attention(module, query, key, value, mask, scaling)
+
+    if not _plain(model):
+        yield
+        return
+    with _attending(model, _WATCHED, watched):
+        yield
+
+
+def _plain(model: Any) -> bool:
+    return model.config._attn_implementation == "sdpa" and not model.config.is_encoder_decoder
+
+
+@contextmanager
+def _attending(model: Any, name: str, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(found)
+        model.set_attn_implementation("sdpa")

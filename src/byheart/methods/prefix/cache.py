@@ -123,15 +123,15 @@ class Cache:
 
 
 class Few(Cache):
-    """The same passages in a few columns each, which something learnt makes."""
+    """The same passages in a few columns each; ``mark`` tells how they are made from any other way."""
 
-    def __init__(self, whole: Cache, maker: nn.Module, count: int) -> None:
+    def __init__(self, whole: Cache, count: int, mark: str) -> None:
         vars(self).update(vars(whole))  # the beginning is read already
-        self.whole, self._count, self._digest = whole, count, digest_of(maker)
+        self.whole, self._count, self._mark = whole, count, mark
 
     def path(self, passage: Block) -> Path:
-        """A passage's file; another maker, another file."""
-        return self.files.path(self.whole.path(passage).name, self._digest)
+        """A passage's file; made in another way, another file."""
+        return self.files.path(self.whole.path(passage).name, str(self._count), self._mark)
 
     def columns(self, passage: Block) -> int:
         """How many columns a passage takes."""

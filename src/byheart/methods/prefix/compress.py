@@ -1,95 +1,228 @@
-"""A passage in a few columns: the keys and values of learnt marks that the frozen model reads behind it."""
+"""A passage in a few columns: those whose attention comes nearest to that over all of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.cache_utils import Cache as Layers
 
-from byheart.attention import fast_attention
+from byheart.attention import watched_attention
 from byheart.base import Base
 from byheart.blocks import Frozen
-from byheart.decode import batches, token_ids
-from byheart.kv import KV
-from byheart.methods.prefix.behind import Columns, padded_pasts, split
+from byheart.decode import token_ids
+from byheart.errors import DataError
+from byheart.kv import KV, joined
+from byheart.methods.prefix.behind import shared
 from byheart.methods.prefix.cache import Block, Cache, Few
-from byheart.surgery import altered
+from byheart.padding import right_padded
 
-# What the marks begin as: a text after which a language model says what it has read.
-_BEGIN = "\n\nIn short, what the text says about who, what, when, where and how many:"
-# Columns read at once.
-_READ = 4_096
-
-
-class _Noted(Frozen):
-    """A layer that is read and never added to, and remembers what was to be added."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.noted = (key_states, value_states)
-        return super().update(key_states, value_states)
-
-
-class Compressor(nn.Module):
-    """``n`` marks that are read behind a passage as if they were tokens (Mu et al. 2023, gist tokens).
-
-    The model stays frozen; learnt are the marks' embeddings (n, d_model), and what is added to their hidden states
-    behind every block but the last (blocks - 1, n, d_model), zero at first. At the start the columns are those of a
-    real text.
-    """
-
-    def __init__(self, base: Base, count: int) -> None:
-        super().__init__()
-        ids = token_ids(base.tokenizer, _BEGIN, beginning=False)
-        some = torch.tensor([ids[n % len(ids)] for n in range(count)], device=base.device)
-        with torch.no_grad():
-            embedded = base.parts.embeddings(some).float()
-        self.marks = nn.Parameter(embedded.clone())
-        self.steer = nn.Parameter(torch.zeros(len(base.parts.blocks) - 1, *embedded.shape, device=base.device))
-
-    def __len__(self) -> int:
-        """How many columns a passage gets."""
-        return int(self.marks.shape[0])
-
-    def read(self, base: Base, pasts: Sequence[Sequence[KV]]) -> Columns:
-        """The marks' columns, (rows, kv_heads, n, head_dim) a layer, behind each past; they begin where it ends."""
-        there, seen = padded_pasts(base, pasts)
-        layers = [_Noted(key, value) for key, value in there]
-        starts = torch.tensor([past[-1].end for past in pasts], device=base.device)
-        with ExitStack() as stack:
-            stack.enter_context(fast_attention(base.model))
-            for block, steer in zip(base.parts.blocks, self.steer, strict=False):
-                stack.enter_context(altered(block.module, steer.to(base.dtype).add))
-            base.model(
-                inputs_embeds=self.marks.to(base.dtype)[None].expand(len(pasts), -1, -1),
-                attention_mask=torch.cat([seen, seen.new_ones(len(pasts), len(self))], 1),
-                position_ids=torch.arange(len(self), device=base.device)[None] + starts[:, None],
-                past_key_values=Layers(layers=layers),
-                use_cache=True,
-                logits_to_keep=torch.tensor([0], device=base.device),
-            )
-        return [layer.noted for layer in layers]
+# What reads the passage again: its own words, so many tokens at a time, as if they were answers to these questions.
+_QUESTIONS = ("who is {}", "when was {}", "where is {}", "what is {}", "how many {}", "{}")
+_WINDOW = 8
+# Of a question, the last tokens whose queries count; most of it is the same in every row.
+_LAST = 4
+# Steps of the fit, the first step size (in standard deviations of the keys), and rounds of clustering before it.
+_STEPS, _RATE, _ROUNDS = 40, 0.1, 5
+_RIDGE = 1e-3
 
 
 class Compressed(Few):
-    """Passages in a few columns each, made from their keys and values behind the same beginning."""
+    """Passages in a few columns each, fitted to their own keys and values behind the same beginning.
 
-    def __init__(self, whole: Cache, compressor: Compressor) -> None:
-        super().__init__(whole, compressor, len(compressor))
-        self._compressor = compressor
+    Nothing is trained that passages share: each is read again in small pieces, as if they were answers, and per layer
+    and head the columns are fitted whose attention gives these queries what the whole passage gives them.
+    """
+
+    def __init__(self, whole: Cache, count: int) -> None:
+        super().__init__(whole, count, f"fitted, {(_QUESTIONS, _WINDOW, _LAST, _STEPS, _RATE, _ROUNDS, _RIDGE)}")
 
     def fresh(self, passages: Sequence[Block]) -> list[KV]:
         """Columns of passages that are not on disk."""
-        found: dict[int, KV] = {}
-        lengths = [self.whole.columns(passage) for passage in passages]
-        head = 0 if self.head is None else self.head.columns
-        for batch in batches(lengths, lambda count, longest: count * (longest + head) <= _READ):
-            blocks = self.whole.encode([passages[n] for n in batch], kept=False)
-            pasts = [self.whole.past([], [block]) for block in blocks]
-            with torch.no_grad():
-                columns = self._compressor.read(self.base, pasts)
-            found |= zip(batch, split(columns, [block.end for block in blocks]), strict=True)
-        return [found[n] for n in range(len(passages))]
+        return [self._fitted(passage) for passage in passages]
+
+    def columns(self, passage: Block) -> int:
+        """How many columns a passage takes: never more than it has tokens."""
+        return min(self._count, self.whole.columns(passage))
+
+    def _fitted(self, passage: Block) -> KV:
+        (block,) = self.whole.encode([passage], kept=True)
+        if block.columns <= self._count:
+            return block
+        ids = self.whole.ids(passage)
+        rows, leads = [], []
+        for n, start in enumerate(range(0, len(ids), _WINDOW)):
+            question = _QUESTIONS[n % len(_QUESTIONS)].format(getattr(passage, "title", "") or "it")
+            lead = token_ids(self.base.tokenizer, self.form.pieces(question, (), None)[2], beginning=False)
+            rows.append(lead + ids[start : start + _WINDOW])
+            leads.append(max(0, len(lead) - _LAST))
+        seen = looks(self.base, self.head, block, rows, leads)
+        keys, values = list(block.keys), list(block.values)
+        # Layers of one shape are fitted together.
+        shapes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+        for n, both in enumerate(zip(keys, values, strict=True)):
+            shapes.setdefault((both[0].shape, both[1].shape), []).append(n)
+        for some in shapes.values():
+            found = fit(
+                Looks(*(torch.cat(parts) for parts in zip(*(vars(seen[n]).values() for n in some), strict=True))),
+                torch.cat([keys[n] for n in some]).float(),
+                torch.cat([values[n] for n in some]).float(),
+                self._count,
+            )
+            for into, made in zip((keys, values), found, strict=True):
+                for n, one in zip(some, made.to(into[0].dtype).chunk(len(some)), strict=True):
+                    into[n] = one.contiguous()
+        return KV(tuple(keys), tuple(values), block.start, block.end)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What queries find in a passage and beside it; a row of the first dimension is one key/value head of one layer.
+
+    Attributes:
+        queries: (heads, n, head_dim), scaled as scores are.
+        rest: (heads, n, head_dim), what they would be given were the passage not there.
+        toward: (heads, n, head_dim), what the passage changes in that.
+        mass: (heads, n), the logarithm of the sum of exponents of scores beside the passage.
+        weight: (heads, columns), how much each column of the passage is looked at.
+    """
+
+    queries: Tensor
+    rest: Tensor
+    toward: Tensor
+    mass: Tensor
+    weight: Tensor
+
+
+def looks(base: Base, head: KV | None, block: KV, rows: Sequence[Sequence[int]], leads: Sequence[int]) -> list[Looks]:
+    """How rows of tokens look back at ``block``, layer by layer; of each row the tokens from ``leads`` on.
+
+    Raises:
+        DataError: where the model's attention cannot be watched.
+    """
+    ids, mask, places = right_padded(rows, base.device)
+    used = mask.bool() & (places >= torch.tensor(leads, device=base.device)[:, None])
+    past = block if head is None else joined([head, block])
+    before, there = past.columns - block.columns, past.columns
+    found: list[Looks] = []
+
+    def see(query: Tensor, key: Tensor, value: Tensor, may: Tensor | None, scaling: float | None) -> None:
+        batch, heads, n, dim = query.shape
+        groups = key.shape[1]
+        stacked = query.float().reshape(batch, groups, heads // groups, n, dim)
+        stacked = stacked * (dim**-0.5 if scaling is None else scaling)
+        if may is None:
+            may = torch.ones(n, there + n, dtype=torch.bool, device=query.device).tril(there)[None, None]
+        may = may.expand(batch, 1, n, -1)[:, 0]
+        low = torch.finfo(torch.float32).min
+
+        def picked(states: Tensor) -> Tensor:  # (rows, groups, heads of a group, n, ...) -> (groups, picked, ...)
+            return states.movedim(3, 1)[used].movedim(1, 0).flatten(1, 2)
+
+        def attended(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return scores.softmax(-1) @ values.float(), scores.logsumexp(-1)
+
+        own = stacked @ key[:, :, None, there:].float().transpose(-1, -2)
+        own = own.masked_fill(~may[:, None, None, :, there:], low)
+        by_own, own_mass = map(picked, attended(own, value[:, :, None, there:]))
+        queries = picked(stacked)
+        scores = queries @ key[0, :, :there].float().transpose(-1, -2)
+        hidden = ~may[..., :there][used].repeat_interleave(heads // groups, 0)
+        scores = scores.masked_fill(hidden, low)
+        by_head, head_mass = attended(scores[..., :before], value[0, :, :before])
+        share = (head_mass - own_mass).sigmoid()[..., None]
+        rest, mass = share * by_head + (1 - share) * by_own, torch.logaddexp(head_mass, own_mass)
+        by_block, block_mass = attended(scores[..., before:], value[0, :, before:there])
+        share = (block_mass - mass).sigmoid()[..., None]
+        weight = (scores[..., before:].softmax(-1) * share).square().sum(1)
+        found.append(Looks(queries, rest, share * (by_block - rest), mass, weight))
+
+    with torch.no_grad(), watched_attention(base.model, see):
+        base.model(
+            input_ids=ids,
+            attention_mask=torch.cat([mask.new_ones(len(rows), there), mask], 1),
+            position_ids=places + block.end,
+            past_key_values=Layers(layers=[Frozen(key, value) for key, value in shared(past, len(rows))]),
+            use_cache=True,
+            logits_to_keep=torch.tensor([0], device=base.device),
+        )
+    if len(found) != len(base.parts.blocks):
+        raise DataError(f"{base.name}: its attention cannot be watched, so that no passage can be compressed")
+    return found
+
+
+@torch.no_grad()
+def fit(seen: Looks, keys: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``count`` keys and values whose attention comes nearest to what a passage's own change.
+
+    Each query's attention is one softmax over the columns and, as one more entry, all that stands beside the passage,
+    so that columns have to hold the passage's share, too. For given keys the best values are a linear regression. Keys
+    begin as centres of clusters, weighted by how much they are looked at, and follow the gradient with the values that
+    are best for them (variable projection; Golub and Pereyra 1973, with the gradient of Kaufman 1975).
+
+    Args:
+        keys, values: (heads, columns, head_dim), in float32.
+    """
+    begin, chosen = _clusters(keys, values, seen.weight, count)
+    spread = keys.std((1, 2), keepdim=True)
+    moved = nn.Parameter(torch.zeros_like(begin))
+    optimizer = torch.optim.Adam([moved], lr=_RATE)
+    size = seen.toward.square().mean((1, 2), keepdim=True) + 1e-12
+    for step in range(_STEPS):
+        optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
+        now = begin + moved * spread
+        given = _given(seen, now)
+        moved.grad = _slope(seen, given, _best_values(seen, given, chosen)) * spread / size
+        optimizer.step()
+    now = begin + moved * spread
+    return now.detach(), _best_values(seen, _given(seen, now), chosen)
+
+
+def error(seen: Looks, keys: Tensor, values: Tensor) -> Tensor:
+    """By head, the squared length of what columns miss of what the passage changes, as a share of that."""
+    given = _given(seen, keys)
+    return _missed(seen, given, values).square().sum((1, 2)) / seen.toward.square().sum((1, 2)).clamp(min=1e-12)
+
+
+def _given(seen: Looks, keys: Tensor) -> Tensor:
+    """The attention that each query gives to each column (heads, n, columns); the rest of 1 goes elsewhere."""
+    scores = seen.queries @ keys.transpose(-1, -2)
+    return torch.cat([scores, seen.mass[..., None]], -1).softmax(-1)[..., :-1]
+
+
+def _missed(seen: Looks, given: Tensor, values: Tensor) -> Tensor:
+    return given @ values - given.sum(-1, keepdim=True) * seen.rest - seen.toward
+
+
+def _slope(seen: Looks, given: Tensor, values: Tensor) -> Tensor:
+    """The gradient of half the squared error in the keys, for values that stay."""
+    missed = _missed(seen, given, values)
+    up = missed @ values.transpose(-1, -2) - (missed * seen.rest).sum(-1, keepdim=True)
+    up = given * (up - (given * up).sum(-1, keepdim=True))
+    return up.transpose(-1, -2) @ seen.queries
+
+
+def _best_values(seen: Looks, given: Tensor, chosen: Tensor) -> Tensor:
+    """The values with the least squared error; columns that nothing looks at stay with the ``chosen`` ones."""
+    across = given.transpose(-1, -2)
+    wanted = across @ seen.toward + (across * given.sum(-1)[:, None]) @ seen.rest
+    gram = across @ given
+    ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-8
+    gram = gram + ridge * torch.eye(given.shape[-1], device=given.device)
+    best: Tensor = torch.linalg.solve(gram, wanted + ridge * chosen)
+    return best
+
+
+def _clusters(keys: Tensor, values: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Centres of the keys (k-means from those that are looked at most), and the values of those."""
+    weight = weight + 1e-12
+    first = weight.topk(count, -1).indices[..., None]
+    centres = keys.gather(1, first.expand(-1, -1, keys.shape[-1]))
+    for _ in range(_ROUNDS):
+        near = functional.one_hot(torch.cdist(keys, centres).argmin(-1), count) * weight[..., None]
+        total = near.sum(1)[..., None]
+        centres = torch.where(total > 0, near.transpose(-1, -2) @ keys / total.clamp(min=1e-30), centres)
+    return centres, values.gather(1, first.expand(-1, -1, values.shape[-1]))

@@ -22,7 +22,7 @@ from byheart.methods.contract import LearnReport, Progress, Settings, parse_opti
 from byheart.methods.controls import Context
 from byheart.methods.prefix.behind import Sample, shared, side_by_side
 from byheart.methods.prefix.cache import Block, Cache, digest_of
-from byheart.methods.prefix.compress import Compressed, Compressor
+from byheart.methods.prefix.compress import Compressed
 from byheart.methods.prefix.heads import Emitted, Heads, looked_up
 from byheart.methods.prefix.instances import NEAREST, Instances, hardness
 from byheart.methods.prefix.marginal import Turn, learn_turn
@@ -44,6 +44,7 @@ from byheart.progress import scaled
 from byheart.prompt import FORM_EXAMPLES, Example, PromptFormat
 from byheart.retrieve import embedded, searchable
 from byheart.rows import Question
+from byheart.segment import Passage
 from byheart.storage import fingerprint, resumed
 from byheart.training import Orders, Recipe
 
@@ -61,8 +62,8 @@ class PrefixOptions:
         store: ``none`` encodes what was retrieved when a question comes; ``disk`` encodes all passages beforehand.
         precision: of what is on disk: ``model`` (as the model computes) or ``int8`` (about half of bf16).
         blend: with several passages, the share of their tokens that is read again with all passages in sight.
-        encoder: ``cache``: all of a passage's keys and values; ``compressed``: those of a few learnt marks behind it;
-            ``text``: a few that heads on the text encoder emit.
+        encoder: ``cache``: all of a passage's keys and values; ``compressed``: a few that are fitted to them; ``text``:
+            a few that learnt heads on the text encoder emit.
         columns: of a passage, where it is not the cache.
         tune_encoder: with ``text``, train a copy of the text encoder along, in steps a hundred times smaller.
         distil, vicreg, fair, wrong: weights of what training adds to cross-entropy, see
@@ -153,9 +154,9 @@ class Learnt(Context):
         super().__init__(base, settings, work)
         self._files = Store(work / "prefix", options.precision)
         self._whole: Cache | None = None
-        self._compressed: Cache | None = None
+        self._few: Cache | None = None
         self.slots: Slots | None = None
-        self.compressor: Compressor | Heads | None = None
+        self.heads: Heads | None = None
         self.turn: Turn | None = None
         self.instances: Instances | None = None
 
@@ -192,16 +193,17 @@ class Learnt(Context):
 
     @property
     def cache(self) -> Cache:
-        """The same as questions see them: compressed where they are to be."""
-        if self.compressor is None:
+        """The same as questions see them: in a few columns where they are to be."""
+        compressed = self.options.encoder == "compressed"
+        if self.heads is None and not compressed:
             return self.whole
-        if self._compressed is None or self._compressed.form is not self.form:
-            self._compressed = (
-                Compressed(self.whole, self.compressor)
-                if isinstance(self.compressor, Compressor)
-                else Emitted(self.whole, self.compressor, self.encoder)
+        if self._few is None or self._few.form is not self.form:
+            self._few = (
+                Compressed(self.whole, self.options.columns)
+                if self.heads is None
+                else Emitted(self.whole, self.heads, self.encoder)
             )
-        return self._compressed
+        return self._few
 
     def _past(self, passages: Sequence[Block], blocks: Sequence[KV]) -> tuple[KV, ...]:
         return self.cache.past(passages, blocks, self.options.blend)
@@ -212,12 +214,12 @@ class Learnt(Context):
 
     @property
     def _trains(self) -> bool:
-        return bool(self.options.slots) or self.options.encoder != "cache"
+        return bool(self.options.slots) or self.options.encoder == "text"
 
     @property
     def _learnt(self) -> nn.ModuleDict:
         """All that is learnt, under the names that it has on disk."""
-        there = {"slots": self.slots, "compressor": self.compressor, "turn": self.turn}
+        there = {"slots": self.slots, "heads": self.heads, "turn": self.turn}
         return nn.ModuleDict({name: one for name, one in there.items() if one is not None})
 
     def _learnt_bytes(self) -> int:
@@ -248,12 +250,13 @@ class Learnt(Context):
         blocks = list(dict.fromkeys(block for lesson in found for block in lesson.blocks))
         self.whole.size(blocks, None)
         before = set(self._files.folder.rglob("*.safetensors"))
-        self.whole.keep(blocks)
+        for cache in self._read(distilled=options.distil > 0):
+            cache.keep(blocks)
         orders = Orders([len(found)], options.batch, options.epochs, seed)
         if options.slots:
             self.slots = Slots(chosen_columns(self._begin(), options.slots))
-        compressor = self._fresh()
-        learnt = nn.ModuleDict(dict(self._learnt) | ({} if compressor is None else {"compressor": compressor}))
+        heads = self._fresh()
+        learnt = nn.ModuleDict(dict(self._learnt) | ({} if heads is None else {"heads": heads}))
         # What is learnt begins as text of the ledger, so that another ledger gives another beginning.
         begin = digest_of(learnt)
         mark = fingerprint(base.hash, str(base.dtype), self.form.pieces("", ()), asdict(options), seed, found, begin)
@@ -263,16 +266,13 @@ class Learnt(Context):
         terms = Terms(options.distil, options.vicreg, options.fair, options.wrong)
         store = self.work / f"learnt-{mark}.safetensors"
         tell = scaled(progress, orders.steps, report.documents)
-        trained = tune(
-            base, learnt, found, lambda some: self._batch(some, compressor), orders, recipe, terms, store, tell
-        )
-        self.compressor = compressor  # from here on passages are compressed
-        if not self._keeps or compressor is not None:
-            for path in set(self._files.folder.rglob("*.safetensors")) - before:
-                path.unlink()
-        for block in blocks:
-            if isinstance(block, Example):  # is looked up anew for each question, and follows the ledger
-                self.whole.path(block).unlink(missing_ok=True)
+        trained = tune(base, learnt, found, lambda some: self._batch(some, heads), orders, recipe, terms, store, tell)
+        self.heads = heads  # from here on passages are what they make of them
+        stay = {self.cache.path(block) for block in blocks if isinstance(block, Passage)} if self._keeps else set()
+        # Examples are looked up anew for each question, and follow the ledger.
+        gone = {self.whole.path(block) for block in blocks if isinstance(block, Example)}
+        for path in (set(self._files.folder.rglob("*.safetensors")) - before - stay) | gone:
+            path.unlink(missing_ok=True)
         note = f"{len(found)} questions to learn from, {orders.steps} steps; {trained.course(options.epochs)}"
         return replace(report, seconds=ready + trained.seconds, skipped=skipped, notes=(note,))
 
@@ -324,7 +324,7 @@ class Learnt(Context):
         def read(some: Sequence[list[Lesson]]) -> list[list[float]]:
             with torch.no_grad():
                 lessons = [one for of_question in some for one in of_question]
-                each = likelihoods(self.base, lessons, lambda some: self._batch(some, self.compressor))
+                each = likelihoods(self.base, lessons, lambda some: self._batch(some, self.heads))
             return [each[n : n + k] for n in range(0, len(each), k)]
 
         told = resumed(self.work / f"read-{mark}.json", mark, found, _AT_ONCE, read)
@@ -358,41 +358,39 @@ class Learnt(Context):
             for some, weight in zip(shown, weights, strict=True)
         ]
 
-    def _fresh(self) -> Compressor | Heads | None:
-        """What makes columns of passages, before training."""
-        options = self.options
-        if options.encoder == "compressed":
-            return Compressor(self.base, options.columns)
-        if options.encoder == "text":
-            begin = chosen_columns(self._begin(), options.columns)
-            own = deepcopy(self.encoder.model).float().requires_grad_(True) if options.tune_encoder else None
-            return Heads(begin, self.encoder.card.dim, self.settings.seed, own)
-        return None
+    def _read(self, *, distilled: bool) -> list[Cache]:
+        """What training reads passages from; heads that are learnt read none, but to be told from whole ones."""
+        used = [] if self.options.encoder == "text" else [self.cache]
+        return [*used, *([self.whole] if distilled and self.whole not in used else [])]
 
-    def _batch(self, some: Sequence[Lesson], compressor: Compressor | Heads | None) -> Batch:
+    def _fresh(self) -> Heads | None:
+        """Heads, before training."""
+        options = self.options
+        if options.encoder != "text":
+            return None
+        begin = chosen_columns(self._begin(), options.columns)
+        own = deepcopy(self.encoder.model).float().requires_grad_(True) if options.tune_encoder else None
+        return Heads(begin, self.encoder.card.dim, self.settings.seed, own)
+
+    def _batch(self, some: Sequence[Lesson], heads: Heads | None) -> Batch:
         """Lessons behind what is being learnt: slots before all, and columns in the place of the passages."""
-        base, cache = self.base, self.whole
-        pasts = [self._past(one.blocks, cache.encode(one.blocks, kept=True)) for one in some]
-        ends = [past[-1].end if past else self.options.slots for past in pasts]
-        whole = [Sample(past, one.asked, one.answer, end) for past, one, end in zip(pasts, some, ends, strict=True)]
+        base, whole = self.base, self.whole
+
+        def behind(cache: Cache, stand: Sequence[Sequence[Block]]) -> list[Sample]:
+            pasts = [cache.past(blocks, cache.encode(blocks, kept=True), self.options.blend) for blocks in stand]
+            ends = [past[-1].end if past else self.options.slots for past in pasts]
+            return [Sample(past, one.asked, one.answer, end) for past, one, end in zip(pasts, some, ends, strict=True)]
+
         slots = [] if self.slots is None else shared(self.slots.kv(base.dtype), len(some))
-        told = whole if self.options.distil else []
-        if self.options.passages == "none":
-            alone = [self._past(one.shown, cache.encode(one.shown, kept=True)) for one in some]
-            starts = [past[-1].end if past else self.options.slots for past in alone]
-            behind = [replace(one, past=past, start=at) for one, past, at in zip(whole, alone, starts, strict=True)]
-            return Batch(slots, behind, told)
-        if compressor is None:
-            return Batch(slots, whole, told)
-        head = [] if cache.head is None else shared(cache.head, len(some))
-        seen = None
-        if isinstance(compressor, Compressor):
-            made, starts = compressor.read(base, pasts), ends
-        else:
-            seen = looked_up(compressor, self.encoder, [passage for one in some for passage in one.passages])
-            made, starts = compressor.columns(seen, base.dtype), [cache.start] * len(some)
-        behind = [replace(one, past=(), start=at + len(compressor)) for one, at in zip(whole, starts, strict=True)]
-        return Batch(side_by_side(slots, head, made), behind, told, seen)
+        told = behind(whole, [one.blocks for one in some]) if self.options.distil else []
+        if heads is None:
+            alone = self.options.passages == "none"
+            return Batch(slots, behind(self.cache, [one.shown if alone else one.blocks for one in some]), told)
+        head = [] if whole.head is None else shared(whole.head, len(some))
+        seen = looked_up(heads, self.encoder, [passage for one in some for passage in one.passages])
+        columns = side_by_side(slots, head, heads.columns(seen, base.dtype))
+        start = whole.start + len(heads)
+        return Batch(columns, [Sample((), one.asked, one.answer, start) for one in some], told, seen)
 
     def _begin(self) -> KV:
         """What learnt columns are chosen among: the model's own keys and values of real text."""

@@ -66,7 +66,7 @@ class Prefix(Learnt):
         """
         report = super().learn(ledger, (lambda count: None) if self._trains else progress)
         seconds, stored, notes = report.seconds, report.bytes, report.notes
-        self._whole, self._compressed, self.slots, self.compressor, self.turn = None, None, None, None, None
+        self._whole, self._few, self.slots, self.heads, self.turn = None, None, None, None, None
         if self._remembers:
             shown = {normalize(example.question) for example in self.form.examples}
             asked = [one for one in ledger.questions(["train"]) if normalize(one.question) not in shown]
@@ -222,10 +222,10 @@ class Prefix(Learnt):
                 layers = range(len(base.parts.blocks))
                 keys, values = (tuple(found[f"slots.{part}.{n}"] for n in layers) for part in ("keys", "values"))
                 method.slots = Slots(KV(keys, values, 0, count)).to(base.device)
-            if (compressor := method._fresh()) is not None:
-                inside = {name: one for name, one in found.items() if name.startswith("compressor.")}
-                compressor.load_state_dict({name.removeprefix("compressor."): one for name, one in inside.items()})
-                method.compressor = compressor
+            if (heads := method._fresh()) is not None:
+                inside = {name: one for name, one in found.items() if name.startswith("heads.")}
+                heads.load_state_dict({name.removeprefix("heads."): one for name, one in inside.items()})
+                method.heads = heads
             if method.options.realm:
                 method.turn = Turn(method.encoder.card.dim).to(base.device)
                 method.turn.load_state_dict({"change": found["turn.change"]})
