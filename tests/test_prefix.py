@@ -362,6 +362,10 @@ def test_fitted_columns_say_what_the_passage_says(tiny):
     most = seen.weight.topk(count, -1).indices[..., None].expand(-1, -1, dim)
     picked = compress.error(seen, keys.gather(1, most), values.gather(1, most))
     assert bool((fitted < 0.8 * regressed).all() and (regressed < 0.8 * picked).all())
+    # A column that nothing looks at keeps the value that it began with.
+    unseen = now.clone()
+    unseen[..., 2] = 0
+    assert close(compress._best_values(seen, unseen, chosen)[:, 2], chosen[:, 2], 1e-3)
     # The gradient written out is autograd's, and the best values are where the one in the values is nothing.
     moving, best = begin.clone().requires_grad_(), compress._best_values(seen, now, chosen).requires_grad_()
     compress._missed(seen, compress._given(seen, moving), best).square().sum().mul(0.5).backward()
