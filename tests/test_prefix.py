@@ -198,7 +198,9 @@ def test_what_is_on_disk_answers_alike_and_follows_the_ledger(tiny, small, tmp_p
     kept = Prefix(base, Settings(k=2, options={"prefix.store": "disk"}), tmp_path / "kept")
     assert fresh.estimate(small) is None and "3 passages" in kept.estimate(small)
     fresh.learn(small)
-    report = kept.learn(small)
+    ticks = []
+    report = kept.learn(small, ticks.append)
+    assert sum(ticks) == report.documents == 3
     assert report.bytes > fresh.learn(small).bytes and "a passage on disk" in report.notes[0]
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept" / "prefix").rglob("*.safetensors")}
     assert len(files) == 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +24,7 @@ Block = Passage | Example
 # Tokens read at once.
 _READ = 2_048
 # Passages whose keys and values are in memory at once on their way to disk.
-_HELD = 64
+_HELD = 16
 # Windows that a size estimate looks at.
 _LOOKED_AT = 64
 
@@ -95,12 +95,14 @@ class Cache:
         text = self.form.block(passage)
         return self.files.path(self.base.hash, str(self.base.dtype), str(self.first), self._beginning, text)
 
-    def keep(self, passages: Iterable[Block]) -> None:
-        """Put what is not on disk yet there."""
-        stream = (one for one in passages if not self.path(one).exists())
+    def keep(self, passages: Iterable[Block], progress: Callable[[int], None] = lambda count: None) -> None:
+        """Put what is not on disk yet there; ``progress`` is told of passages."""
+        stream = iter(passages)
         while step := list(islice(stream, _HELD)):
-            for passage, found in zip(step, self.encode(step, kept=False), strict=True):
+            missing = [one for one in step if not self.path(one).exists()]
+            for passage, found in zip(missing, self.encode(missing, kept=False), strict=True):
                 self.files.put(self.path(passage), found)
+            progress(len(step))
 
     def size(self, passages: Iterable[Block], columns: int | None) -> tuple[int, int]:
         """How many passages, and about how many bytes each.

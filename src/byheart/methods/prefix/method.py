@@ -26,6 +26,7 @@ from byheart.methods.prefix.learnt import Learnt
 from byheart.methods.prefix.marginal import Turn
 from byheart.methods.prefix.slots import Slots
 from byheart.methods.reading import ask, options_of
+from byheart.progress import scaled
 from byheart.rows import Question
 from byheart.score import normalize
 from byheart.segment import Passage, segment
@@ -62,9 +63,12 @@ class Prefix(Learnt):
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
         """Index the ledger's documents; train what is to be learnt; with ``store=disk`` read every passage.
 
-        ``progress`` is told of documents, of epochs' worth of them where something is trained.
+        ``progress`` is told of documents by what takes longest: training, else reading, else indexing.
         """
-        report = super().learn(ledger, (lambda count: None) if self._trains else progress)
+
+        def silent(count: int) -> None: ...
+
+        report = super().learn(ledger, silent if self._trains or self._keeps else progress)
         seconds, stored, notes = report.seconds, report.bytes, report.notes
         self._whole, self._few, self.slots, self.heads, self.turn = None, None, None, None, None
         if self._remembers:
@@ -82,7 +86,8 @@ class Prefix(Learnt):
             began = time.perf_counter()
             index = self._retriever.index
             self.cache.size((passage for _, passage in index.all_passages()), None)
-            self.cache.keep(passage for _, passage in index.all_passages())
+            tick = silent if self._trains else scaled(progress, max(len(index), 1), report.documents)
+            self.cache.keep((passage for _, passage in index.all_passages()), tick)
             kept = bytes_under(self._files.folder)
             seconds, stored = seconds + time.perf_counter() - began, stored + kept
             notes = (*notes, f"{kept / max(len(index), 1) / 1e6:.2f} MB a passage on disk")
