@@ -192,10 +192,10 @@ class Memory(Closed):
                 began = time.perf_counter()
                 kept[packing] = self._states(self._folder, several[packing], upper.start)
                 ready += time.perf_counter() - began
-            found, _ = upper.loss([several[packing][n] for n in numbers], kept[packing].padded(numbers))
-            return found.mean() + still(step)
+            rows = [several[packing][n] for n in numbers]
+            return upper.mean_loss(rows, kept[packing].padded(numbers)) + still(step)
 
-        made_with = asdict(options) | {"text": self.ordinary}
+        made_with = asdict(options) | {"text": self.ordinary, "loss": "a mean of rows' means"}
         mark = fingerprint(
             self.base.hash, str(self.base.dtype), self.base.device.type, made_with, self.blocks, seed, several
         )
@@ -235,7 +235,7 @@ class Memory(Closed):
                 total = torch.zeros((), device=self.base.device)
                 if states:
                     some = [n % len(learnt) for n in numbers]
-                    total = total + upper.loss([learnt[n] for n in some], states.padded(some))[0].mean()
+                    total = total + upper.mean_loss([learnt[n] for n in some], states.padded(some))
                 if away_states:
                     n = self._drawn(step, away)
                     total = total + upper.drift([away[n]], away_states.padded([n]))

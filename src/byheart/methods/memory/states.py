@@ -111,6 +111,11 @@ class Upper:
         """-log p of every token to be predicted (labels), and whether it is the likeliest."""
         return token_loss(*self.labelled(rows, hidden))
 
+    def mean_loss(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
+        """The mean over rows of each row's mean: an answer's few tokens would drown beside a page's many."""
+        found, _ = self.loss(rows, hidden)
+        return torch.stack([one.mean() for one in found.split([sum(row.labels) for row in rows])]).mean()
+
     def drift(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
         """KL(base || base with the networks), a mean over the tokens to be predicted."""
         with torch.no_grad():
