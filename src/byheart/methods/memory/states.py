@@ -114,7 +114,7 @@ class Upper:
     def mean_loss(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
         """The mean over rows of each row's mean: an answer's few tokens would drown beside a page's many."""
         found, _ = self.loss(rows, hidden)
-        return torch.stack([one.mean() for one in found.split([sum(row.labels) for row in rows])]).mean()
+        return torch.stack([one.mean() for one in torch.split(found, [sum(row.labels) for row in rows])]).mean()
 
     def drift(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
         """KL(base || base with the networks), a mean over the tokens to be predicted."""
