@@ -160,6 +160,8 @@ def test_revise_follows_the_ledger(base, tmp_path):
 def test_what_was_kept_is_what_was_learnt(base, tmp_path):
     method = learnt(base, tmp_path)
     method.save_pretrained(tmp_path / "kept")
+    # A folder is for others, too, though safetensors writes for its owner alone.
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "kept").iterdir()} == {0o644}
     again = Edit.from_pretrained(tmp_path / "kept", base)
     assert same(weights_with(again), weights_with(method))
     assert [fact.id for fact in again.facts] == [fact.id for fact in method.facts]

@@ -14,6 +14,9 @@ from typing import Any
 
 from byheart.errors import DataError
 
+# What safetensors and temporary files would leave readable for their owner alone.
+_READABLE = 0o644
+
 
 def home() -> Path:
     """Where downloaded models live: ``BYHEART_HOME``, else ``byheart`` in the user's cache folder."""
@@ -45,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(_READABLE)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -133,6 +136,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     made.mkdir()
     try:
         yield made
+        for file in made.rglob("*"):
+            if file.is_file():
+                file.chmod(_READABLE)
         if target.exists():
             os.replace(target, aside)
         os.replace(made, target)
