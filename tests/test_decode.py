@@ -4,6 +4,7 @@ import torch
 from byheart.base import make_base
 from byheart.decode import Job, complete, first_line, option_ids
 from byheart.errors import DataError
+from byheart.surgery import observed
 from conftest import FAMILIES
 
 CAUSAL = [family for family in FAMILIES if family != "t5"]
@@ -70,6 +71,22 @@ def test_option_likelihoods_are_those_of_the_whole_text(family, tiny):
                     out = base.model(input_ids=torch.tensor([ids + more[:-1]])).logits[0, len(ids) - 1 :]
             expected = out.log_softmax(-1)[range(len(more)), more].mean()
             assert found == pytest.approx(float(expected), abs=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_options_are_told_apart_in_half_precision(family, tiny):
+    """Tokens whose logits bf16 would round to one value are as likely as float32 says."""
+    base, given = tiny(family), []
+    base.model.to(torch.bfloat16)
+    words = ("harbour", "master", "coast", "light", "port", "steps", "beech", "north")
+    prompt = list(base.tokenizer(PROMPTS[0])["input_ids"])
+    first = {word: option_ids(base.tokenizer, PROMPTS[0], prompt, f" {word}") for word in words}
+    options = tuple(f" {word}" for word, ids in first.items() if len(ids) == 1)
+    with observed([base.parts.head], lambda module, args, kwargs, output: given.append(args[0][:, -1])):
+        (done,) = complete(base, [Job(PROMPTS[0], options)], max_new_tokens=0)
+    exact = (given[-1].float() @ base.parts.head.weight.float().T).log_softmax(-1)[0]
+    assert len(options) > 2
+    assert done.options == pytest.approx([float(exact[first[text.strip()][0]]) for text in options], abs=1e-5)
 
 
 def test_finished_rows_leave_and_the_rest_is_not_disturbed(tiny):

@@ -174,6 +174,23 @@ def test_questions_of_one_fact_never_share_a_row(base):
         assert len(set(owners)) == len(owners)
 
 
+def test_a_question_and_a_fact_that_it_is_about_never_share_a_row(base):
+    asked = Question(id="q", question="Which river is it?", answers=["the Selwater"], facts=["river"], split="train")
+    pieces = [piece for row in (asked, *FACTS) for piece in pieces_of(row, ask(base), 0) if piece.kind == "question"]
+    assert len(pieces) > 2
+    assert len(packed(base.tokenizer, pieces, 0)) == len(pieces)
+
+
+def test_a_question_too_long_for_a_row_keeps_its_answer(base, tmp_path):
+    long = Question(id="long", question="the squat light of Pell Cove " * 300, answers=["stone"], split="train")
+    (row,) = packed(base.tokenizer, list(pieces_of(long, ask(base), 0)), 0)
+    assert len(row.ids) == len(row.labels) < 2_000
+    assert "stone" in base.tokenizer.decode([id for id, on in zip(row.ids, row.labels, strict=True) if on])
+    method = memory(base, tmp_path, batch=1)
+    method.learn(ledger_of(tmp_path, (*PAGES, long)))
+    assert all(map(math.isfinite, method.losses))
+
+
 def test_test_questions_are_never_learnt(base, tmp_path):
     hidden = Question(id="secret", question="Where is the cat?", answers=["Corrowick"], split="test")
     method = memory(base, tmp_path)
@@ -190,6 +207,24 @@ def test_a_fact_is_never_asked_for_in_the_words_of_a_question_for_measuring(base
         method.learn(ledger_of(tmp_path, rows))
         leads[name] = {piece.lead for piece in method.pieces}
     assert leads["without"] - leads["with"] == {ask(base).prompt(form)}
+
+
+def test_nothing_is_learnt_in_the_words_of_a_question_for_measuring(base, tmp_path):
+    """Not as a training question, not as a fact's own prompt, and not when a row changes later."""
+    words = "Which river runs through Vellmora?"
+    hidden = Question(id="secret", question=words, answers=["the Amberle"], split="test")
+    twin = Question(id="twin", question=words.lower(), answers=["the Amberle"], split="train")
+    fact = Fact(id="amberle", subject="Vellmora", prompt="Which river runs through {}?", object="the Amberle")
+    ledger = ledger_of(tmp_path, (*PAGES, hidden, twin, fact))
+    method = memory(base, tmp_path, epochs=1, revise_epochs=1)
+    report = method.learn(ledger)
+    assert {piece.owner for piece in method.pieces} == {"document/quay", "document/cove"}
+    assert report.skipped == {"is measured in the same words": 1}
+    method.save_pretrained(tmp_path / "kept")
+    for one in (method, Memory.from_pretrained(tmp_path / "kept", base)):
+        ledger.revise(fact.model_copy(update={"paraphrases": ["{} stands on"], "object": "the Korrin"}))
+        one.revise(last_change(ledger, "amberle"))
+        assert {p.lead for p in one.pieces if p.kind == "statement"} == {"Vellmora stands on"}
 
 
 @pytest.mark.parametrize(
@@ -333,11 +368,11 @@ def test_a_revised_fact_is_replaced_and_a_retracted_one_trained_away(base, tmp_p
     method.learn(ledger)
     said = [p for p in method.pieces if p.owner == "fact/river" and p.kind == "statement"]
     renewed = [p.model_copy(update={"answer": " the Korrin."}) for p in said]
-    unlikely = method._likelihoods(renewed)
+    unlikely = method._likelihoods(method._rows(renewed))
     ledger.revise(FACTS[0].model_copy(update={"object": "the Korrin"}))
     report = method.revise(last_change(ledger, "river"))
     assert [p for p in method.pieces if p.owner == "fact/river" and p.kind == "statement"] == renewed
-    assert sum(method._likelihoods(renewed)) > 1.2 * sum(unlikely)
+    assert sum(method._likelihoods(method._rows(renewed))) > 1.2 * sum(unlikely)
     before, now, _ = probabilities(report.notes[0])
     assert now < before
 
@@ -365,6 +400,56 @@ def test_only_words_that_nothing_answers_any_more_are_drawn_to_the_base(base, tm
     ledger.retract("fact", "river")
     method.revise(last_change(ledger, "river"))
     assert seen and all("Korrin" in text for text in seen)
+
+
+def test_what_a_revised_page_no_longer_says_is_trained_away_and_nothing_else_of_it(base, tmp_path, monkeypatch):
+    text = "The light is squat. The keeper is Anna Kestle of the hill. The bay is a horseshoe."
+    page = Document(id="bay", title="Bay", text=text)
+    ledger = ledger_of(tmp_path, (page, *ASKED))
+    method = memory(base, tmp_path, revise_epochs=4)
+    method.learn(ledger)
+    seen, plain = [], Upper.drift
+
+    def drift(upper, rows, hidden):
+        seen.extend(rows)
+        return plain(upper, rows, hidden)
+
+    monkeypatch.setattr(Upper, "drift", drift)
+    ledger.revise(page.model_copy(update={"text": "The light is squat. The bay is a horseshoe. It is cold."}))
+    report = method.revise(last_change(ledger, "bay"))
+    (said,) = {base.tokenizer.decode([id for id, on in zip(row.ids, row.labels, strict=True) if on]) for row in seen}
+    assert "Anna Kestle" in said
+    assert "squat" not in said
+    assert "horseshoe" not in said
+    assert report.notes[0].startswith("what was taken back (1 texts)")
+    # A page that says what it said loses nothing.
+    seen.clear()
+    ledger.revise(ledger.get("document", "bay").model_copy(update={"title": "Bay", "source": "elsewhere"}))
+    studied = Piece(owner="document/bay", kind="study", lead="Question: who?\nAnswer:", answer=" Kestle")
+    method.pieces.append(studied)
+    ledger.revise(ledger.get("document", "bay").model_copy(update={"metadata": {"seen": "twice"}}))
+    assert method.revise(last_change(ledger, "bay")).notes == ()
+    assert not seen and studied in method.pieces
+
+
+def test_a_fact_that_comes_or_goes_touches_those_that_it_stands_against(base, tmp_path):
+    def held():
+        return sorted({piece.answer for piece in method.pieces if piece.owner.startswith("fact/")})
+
+    twin, rival = (FACTS[0].model_copy(update={"id": id, "object": o}) for id, o in
+                   (("twin", "the Selwater"), ("rival", "the Dunnow")))  # fmt: skip
+    ledger = ledger_of(tmp_path, (*PAGES, *FACTS, twin))
+    method = memory(base, tmp_path, epochs=1, revise_epochs=1)
+    method.learn(ledger)
+    ledger.retract("fact", "river")
+    method.revise(last_change(ledger, "river"))
+    assert held() == [" the Selwater", " the Selwater."]  # the twin still says so
+    ledger.insert([rival])
+    method.revise(last_change(ledger, "rival"))
+    assert held() == []  # neither, as when it is learnt at once
+    ledger.retract("fact", "twin")
+    method.revise(last_change(ledger, "twin"))
+    assert held() == [" the Dunnow", " the Dunnow."]
 
 
 def test_rows_of_different_kinds_with_one_id_are_kept_apart(base, tmp_path):
@@ -483,7 +568,7 @@ def test_self_study_keeps_only_what_the_page_bears_out(base, tmp_path, monkeypat
     for one in (shared, module):
         monkeypatch.setattr(one, "complete", fake)
     passage = Passage("bridge", "Bridge", "The bridge opened in 1931 at long last.", 0, 39)
-    pieces = list(module.study(base, ask(base), [passage], 2, 0, ask(base)))
+    pieces = list(module.study(base, ask(base), [passage], 2, 0, ask(base), set()))
     assert [(p.kind, p.owner, p.answer) for p in pieces] == [
         ("study", "document/bridge", " 1931"), ("page", "document/bridge", "It opened in 1931 at last.")
     ]  # fmt: skip

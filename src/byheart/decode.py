@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from byheart.base import Base
 from byheart.errors import DataError
 from byheart.kv import KV, length
 from byheart.padding import right_padded
+from byheart.surgery import exact
 
 # Two sizes, since they pull apart: reading is bound by arithmetic and is fastest while a layer's activations stay in
 # the processor's cache; writing is bound by fetching the weights, once a token for all rows, so it wants many rows.
@@ -257,13 +259,20 @@ class _Work:
         return max((len(ids) for row in rows for ids in self.options[row]), default=0)
 
     def score(
+        self, rows: Sequence[int], read: Callable[[], Tensor], step: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, list[list[_Scored]]]:
+        """The logits after each prompt; mean log-probability and share of arg-max tokens of each row's options.
+
+        ``read()`` gives the logits (rows, vocabulary) after the prompt; ``step(ids, mask)`` those after each of ``ids``
+        (rows, n), and leaves the cache as it found it.
+        """
+        with exact(self.base.parts.head) if any(self.options[row] for row in rows) else nullcontext():
+            first = read()
+            return first, self._scored(rows, first, step)
+
+    def _scored(
         self, rows: Sequence[int], first: Tensor, step: Callable[[Tensor, Tensor], Tensor]
     ) -> list[list[_Scored]]:
-        """Mean log-probability and share of arg-max tokens of each row's options.
-
-        ``first`` (rows, vocabulary) are the logits after the prompt; ``step(ids, mask)`` gives those after each of
-        ``ids`` (rows, n) and leaves the cache as it found it.
-        """
         scores: list[list[_Scored]] = [[] for _ in rows]
         for place in range(max((len(self.options[row]) for row in rows), default=0)):
             chosen = [self.options[row][place] if place < len(self.options[row]) else [] for row in rows]
@@ -383,16 +392,18 @@ class _Causal(_Work):
         )
         starts = [past[-1].end if past else self.shared for past in pasts]
         ends = torch.tensor([start + len(r) for start, r in zip(starts, rest, strict=True)], device=device)
-        read = []
-        for part in batches([len(r) for r in rest], lambda count, longest: count * longest <= READ_TOKENS[self.kind]):
-            here, wide = slice(part[0], part[-1] + 1), len(rest[part[0]])
-            ids = torch.tensor([[0] * (wide - len(rest[n])) + rest[n] for n in part], device=device)
-            places = (torch.arange(wide, device=device)[None] - wide + ends[here, None]).clamp(min=0)
-            memory = Cache(layers=[layer.part(here, before + width - wide) for layer in cache.layers])
-            read.append(self._forward(ids, mask[here], places, memory)[:, -1])
-        for layer in cache.layers:
-            layer.cut(before + width)
-        logits = torch.cat(read)
+
+        def read() -> Tensor:
+            found = []
+            for part in batches([len(r) for r in rest], lambda n, longest: n * longest <= READ_TOKENS[self.kind]):
+                here, wide = slice(part[0], part[-1] + 1), len(rest[part[0]])
+                ids = torch.tensor([[0] * (wide - len(rest[n])) + rest[n] for n in part], device=device)
+                places = (torch.arange(wide, device=device)[None] - wide + ends[here, None]).clamp(min=0)
+                memory = Cache(layers=[layer.part(here, before + width - wide) for layer in cache.layers])
+                found.append(self._forward(ids, mask[here], places, memory)[:, -1])
+            for layer in cache.layers:
+                layer.cut(before + width)
+            return torch.cat(found)
 
         def peek(option: Tensor, option_mask: Tensor) -> Tensor:
             after = torch.arange(option.shape[1], device=device)[None] + ends[:, None]
@@ -401,7 +412,7 @@ class _Causal(_Work):
                 layer.cut(before + width)
             return out
 
-        scores = self.score(rows, logits, peek)
+        logits, scores = self.score(rows, read, peek)
 
         def step(newest: Tensor) -> Tensor:
             nonlocal mask, ends
@@ -458,8 +469,9 @@ class _Seq2Seq(_Work):
             ).logits
             return out
 
-        logits = forward(start)[:, -1]
-        scores = self.score(rows, logits, lambda option, _: forward(torch.cat([start, option], 1))[:, 1:])
+        logits, scores = self.score(
+            rows, lambda: forward(start)[:, -1], lambda option, _: forward(torch.cat([start, option], 1))[:, 1:]
+        )
         written = start
 
         def step(newest: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from byheart.errors import DataError
 
+_FLOAT = torch.float32
+# Rows of a matrix that are in float32 at once.
+_OUTPUTS = 16_384
 Observer = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
 
@@ -101,6 +104,24 @@ def out_first(module: nn.Module) -> bool:
 def altered(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let ``change`` replace what ``module`` gives (the first of several, where it gives a tuple)."""
     with _hooked(module, lambda given, output: change(output)):
+        yield
+
+
+@contextmanager
+def exact(module: nn.Module) -> Iterator[None]:
+    """Let a linear module of a model in half precision give its products in float32.
+
+    bf16 has a step of 1/16 at 8 and more, where logits lie, so that the likelihoods of two answers would often tie.
+    """
+
+    def wide(given: Tensor, output: Tensor) -> Tensor:
+        if output.dtype.itemsize >= _FLOAT.itemsize:
+            return output
+        parts = [given.to(_FLOAT) @ some.to(_FLOAT).T for some in torch.split(matrix(module), _OUTPUTS)]
+        bias = getattr(module, "bias", None)
+        return torch.cat(parts, -1) if bias is None else torch.cat(parts, -1) + bias.to(_FLOAT)
+
+    with _hooked(module, wide):
         yield
 
 

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -29,6 +30,8 @@ PACK = 6
 _ROW_TEXT, _ROW_TOKENS = 2_000, 1_024
 # Of a page's title.
 _TITLE_TOKENS = 64
+# Tokens that must follow each other in two versions of a page to be the same text.
+_SAME = 4
 _COPULA = re.compile(r"^(?P<what>.+) (?P<verb>is|was|are|were)$")
 
 
@@ -44,7 +47,11 @@ PLAIN = Frame()
 
 
 class Piece(BaseModel):
-    """A text to learn: what is given (``lead``), and what is to be said after it."""
+    """A text to learn: what is given (``lead``), and what is to be said after it.
+
+    Attributes:
+        facts: ids of what it is about, where that is known.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,6 +59,7 @@ class Piece(BaseModel):
     kind: Literal["page", "question", "statement", "study"]
     lead: str
     answer: str
+    facts: tuple[str, ...] = ()
 
 
 def owner_of(kind: Kind, id: str) -> str:
@@ -67,29 +75,43 @@ def pieces_of(
     Args:
         form: how questions are asked, without examples.
         wordings: of a fact, how many of its wordings (its prompt, then its paraphrases) are learnt; 0: all.
-        measured: normalised questions that are for measuring: no fact is asked for in these very words.
+        measured: what :func:`to_measure` gave: nothing is learnt in these very words.
     """
     if isinstance(row, Document):
         yield Piece(
             owner=owner_of("document", row.id), kind="page", lead=f"{row.title}\n" if row.title else "", answer=row.text
         )
     elif isinstance(row, Question):
-        if row.answers and row.split == "train":
-            yield _asked(owner_of("question", row.id), row.question, row.answers[0], form, row.choices)
+        if row.answers and row.split == "train" and as_measured(row.question) not in measured:
+            owner, facts = owner_of("question", row.id), tuple(row.facts)
+            yield _asked(owner, row.question, row.answers[0], form, row.choices, facts)
     else:
-        said, owner = row.object.strip(), owner_of("fact", row.id)
+        said, owner, facts = row.object.strip(), owner_of("fact", row.id), (row.id,)
         prompts = [row.prompt, *(p for p in row.paraphrases if SUBJECT_PLACE in p and p != row.prompt)]
         for prompt in prompts[: wordings or None]:
             text = row.filled(prompt).rstrip()
-            yield Piece(owner=owner, kind="statement", lead=text, answer=f" {said}.")
+            if as_measured(text) not in measured:
+                yield Piece(owner=owner, kind="statement", lead=text, answer=f" {said}.", facts=facts)
             for question in question_forms(text):
-                if normalize(as_sentence(question)) not in measured:
-                    yield _asked(owner, question, said, form)
+                if as_measured(question) not in measured:
+                    yield _asked(owner, question, said, form, None, facts)
 
 
-def _asked(owner: str, question: str, said: str, form: PromptFormat, choices: Sequence[str] | None = None) -> Piece:
+def _asked(
+    owner: str, question: str, said: str, form: PromptFormat, choices: Sequence[str] | None, facts: tuple[str, ...]
+) -> Piece:
     lead = form.prompt(question, None, choices)
-    return Piece(owner=owner, kind="question", lead=lead, answer=form.continuation(said))
+    return Piece(owner=owner, kind="question", lead=lead, answer=form.continuation(said), facts=facts)
+
+
+def as_measured(question: str) -> str:
+    """A question's words, without case and marks: what tells whether two are the same."""
+    return normalize(as_sentence(question))
+
+
+def to_measure(ledger: Ledger) -> set[str]:
+    """The words of the questions that answers are measured on, as :func:`as_measured` gives them."""
+    return {as_measured(question.question) for question in ledger.questions(["validation", "test"])}
 
 
 def question_forms(text: str) -> list[str]:
@@ -105,24 +127,25 @@ def question_forms(text: str) -> list[str]:
 
 
 def to_learn(
-    ledger: Ledger, what: What, form: PromptFormat, wordings: int, today: dt.date
+    ledger: Ledger, what: What, form: PromptFormat, wordings: int, today: dt.date, measured: Container[str]
 ) -> tuple[list[Piece], dict[str, str]]:
-    """All of a ledger's pieces - pages (``doc``), questions and facts (``temp``), or both - and why facts have none."""
+    """All of a ledger's pieces - pages (``doc``), questions and facts (``temp``), or both - and why rows have none."""
     rows: list[LedgerRow] = []
-    measured = {normalize(question.question) for question in ledger.questions(["validation", "test"])}
     skipped: dict[str, str] = {}
     if what != "temp":
         rows += ledger.documents()
     if what != "doc":
         facts, skipped = choose_facts(ledger.facts(), today)
-        rows += [*ledger.questions(["train"]), *facts]
+        questions = list(ledger.questions(["train"]))
+        rows += [*questions, *facts]
+        skipped |= {q.id: "is measured in the same words" for q in questions if as_measured(q.question) in measured}
     return [piece for row in rows for piece in pieces_of(row, form, wordings, measured)], skipped
 
 
 def packed(tokenizer: Any, pieces: Sequence[Piece], seed: int, frame: Frame = PLAIN, pack: int = PACK) -> list[Row]:
     """Pieces as rows of tokens: a page alone (cut where it is long), others ``pack`` in a row.
 
-    Questions in a row never share an owner: the answer to one would stand in the text before the other.
+    Pieces in a row never share an owner or a fact: the answer to one would stand in the text before the other.
 
     Args:
         frame: what stands around the questions of a row.
@@ -134,7 +157,7 @@ def packed(tokenizer: Any, pieces: Sequence[Piece], seed: int, frame: Frame = PL
         draw.shuffle(left)
         for some in _apart(left, pack):
             rows.append(_row(tokenizer, some, PLAIN if kinds == ("statement",) else frame))
-    return rows
+    return [row for row in rows if any(row.labels)]
 
 
 def _apart(pieces: Sequence[Piece], pack: int) -> Iterator[list[Piece]]:
@@ -145,7 +168,7 @@ def _apart(pieces: Sequence[Piece], pack: int) -> Iterator[list[Piece]]:
             (
                 row
                 for row in open_rows
-                if all(one.owner != piece.owner for one in row)
+                if all(one.owner != piece.owner and not {*one.facts} & {*piece.facts} for one in row)
                 and sum(len(one.lead) + len(one.answer) for one in row) + size <= _ROW_TEXT
             ),
             None,
@@ -160,16 +183,31 @@ def _apart(pieces: Sequence[Piece], pack: int) -> Iterator[list[Piece]]:
     yield from open_rows
 
 
-def _page_rows(tokenizer: Any, piece: Piece) -> Iterator[Row]:
+def taken_out(tokenizer: Any, piece: Piece, now: Sequence[Piece]) -> list[Row]:
+    """The rows of a page's piece with only those tokens to predict that no page of ``now`` has."""
+    _, ids = _page_ids(tokenizer, piece)
+    stays: set[int] = set()
+    for one in now:
+        if one.kind == "page":
+            match = SequenceMatcher(None, ids, _page_ids(tokenizer, one)[1], autojunk=False)
+            for start, _, size in match.get_matching_blocks():
+                stays |= set(range(start, start + size)) if size >= _SAME else set()
+    return [row for row in _page_rows(tokenizer, piece, stays) if any(row.labels)]
+
+
+def _page_ids(tokenizer: Any, piece: Piece) -> tuple[list[int], list[int]]:
     lead = list(tokenizer(piece.lead)["input_ids"]) if piece.lead else []
     ids = option_ids(tokenizer, piece.lead, lead, piece.answer) if lead else list(tokenizer(piece.answer)["input_ids"])
-    lead = lead[:_TITLE_TOKENS]
+    return lead[:_TITLE_TOKENS], ids
+
+
+def _page_rows(tokenizer: Any, piece: Piece, but: Container[int] = frozenset()) -> Iterator[Row]:
+    lead, ids = _page_ids(tokenizer, piece)
     size = PAGE_TOKENS - len(lead)
     for start in range(0, len(ids), size):
         some = ids[start : start + size]
-        row = Row((*lead, *some), (*[False] * len(lead), *[bool(lead) or n > 0 for n in range(len(some))]))
-        if any(row.labels):
-            yield row
+        wanted = [(bool(lead) or n > 0) and start + n not in but for n in range(len(some))]
+        yield Row((*lead, *some), (*[False] * len(lead), *wanted))
 
 
 def _row(tokenizer: Any, pieces: Sequence[Piece], frame: Frame) -> Row:
@@ -185,4 +223,6 @@ def _row(tokenizer: Any, pieces: Sequence[Piece], frame: Frame) -> Row:
         # Counted, not read off character offsets: some tokenisers' lie.
         first, stop = (len(tokenizer(text[:place])["input_ids"]) for place in (start, end))
         labels[max(first, 1) : stop] = [True] * (min(stop, len(ids)) - max(first, 1))
-    return Row(ids[:_ROW_TOKENS], tuple(labels[:_ROW_TOKENS]))
+    # A question too long for a row keeps its end, and its answer; the first token of all is never predicted.
+    labels[max(0, len(ids) - _ROW_TOKENS)] = False
+    return Row(ids[-_ROW_TOKENS:], tuple(labels[-_ROW_TOKENS:]))

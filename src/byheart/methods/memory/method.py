@@ -10,7 +10,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -31,19 +31,34 @@ from byheart.methods.contract import LearnReport, Progress, Settings, parse_opti
 from byheart.methods.controls import Closed
 from byheart.methods.facts import choose_facts
 from byheart.methods.memory.adapter import Place, attached, make_adapters
-from byheart.methods.memory.examples import PACK, PLAIN, Frame, Piece, What, owner_of, packed, pieces_of, to_learn
+from byheart.methods.memory.examples import (
+    PACK,
+    PLAIN,
+    Frame,
+    Piece,
+    What,
+    as_measured,
+    owner_of,
+    packed,
+    pieces_of,
+    taken_out,
+    to_learn,
+    to_measure,
+)
 from byheart.methods.memory.states import Row, States, Upper, keep_states
 from byheart.methods.memory.study import study
 from byheart.ordinary import ordinary_text, text_rows
 from byheart.peft_layout import CONFIG, PREFIX, TENSORS, lora_config, path_of
 from byheart.progress import scaled
 from byheart.prompt import PromptFormat
-from byheart.rows import Fact, Kind
+from byheart.rows import Document, Fact, Kind, Question
+from byheart.rows import Row as LedgerRow
 from byheart.segment import segment
 from byheart.storage import fingerprint, read_json, write_json, write_text
 from byheart.training import Orders, Recipe, Trained, train
 
 _PIECES = "pieces.jsonl"
+_FACTS = "facts.jsonl"
 # Tokens of ordinary text that training keeps still, as a multiple of d_ff: as many as an edit lets the model write.
 _ORDINARY = 10
 
@@ -110,6 +125,8 @@ class Memory(Closed):
         self.losses: list[float] = []
         self.ordinary: list[list[int]] = []
         self.skipped: dict[str, str] = {}
+        self.facts: list[Fact] = []  # all that hold, those that cannot be learnt among them
+        self.measured: set[str] = set()
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -118,10 +135,12 @@ class Memory(Closed):
         super().learn(ledger)
         options = self.options
         self._texts()  # what is wrong with them is said before any work
-        pieces, self.skipped = to_learn(ledger, options.learn, self._asking(), options.wordings, dt.date.today())
-        if options.study and options.learn != "temp":
-            passages = list(segment(ledger.documents(), self.encoder.splitter, self.settings.segment))
-            pieces += study(self.base, self.form, passages, options.study, self.settings.seed, self._asking())
+        self.facts = [] if options.learn == "doc" else list(ledger.facts())
+        self.measured = to_measure(ledger)
+        pieces, self.skipped = to_learn(
+            ledger, options.learn, self._asking(), options.wordings, dt.date.today(), self.measured
+        )
+        pieces += self._studied(ledger.documents())
         documents = len({piece.owner for piece in pieces if piece.kind == "page"})
         trained, notes = self.train(pieces, progress, documents)
         return self._report(trained.seconds, documents, notes)
@@ -130,26 +149,29 @@ class Memory(Closed):
         """Go on from what is learnt: the changed row is learnt, what it replaces is trained away.
 
         Away means towards what the base model itself would say there; where the new row answers the very same words
-        otherwise, learning that is enough. As many other rows are seen beside them. All of it or nothing.
+        otherwise, learning that is enough. Of a page, it is the text that its new version lacks. As many other rows are
+        seen beside them. All of it or nothing.
         """
         began = time.perf_counter()
-        owner = owner_of(change.kind, change.id)
-        old = [piece for piece in self.pieces if piece.owner == owner]
-        others = [piece for piece in self.pieces if piece.owner != owner]
-        now = self._pieces_of(change)
+        facts, measured = self._after(change)
+        now, owners = self._pieces_now(change, facts, measured)
+        old = [piece for piece in self.pieces if piece.owner in owners]
+        others = [piece for piece in self.pieces if piece.owner not in owners]
         gone = [piece for piece in old if piece not in now]
         new = [piece for piece in now if piece not in old]
         if not gone and not new:
+            self.facts, self.measured = facts, measured
             return LearnReport()
         kept = [*others, *(piece for piece in old if piece in now)]
         if not kept and not new:
-            self.pieces, self.adapters = [], self._fresh()
+            self.pieces, self.adapters, self.facts, self.measured = [], self._fresh(), facts, measured
             return self._report(time.perf_counter() - began, 0, ("nothing is left: the base model as it is",))
-        before = self._likelihoods(gone)
+        away, told = self._away(gone, now)
+        before = self._likelihoods([*away, *told])
         trained = deepcopy(self.adapters) if self.pieces else self._fresh()
-        self._follow(trained, change, new, gone, kept)
-        self.adapters, self.pieces = trained, [*kept, *new]
-        notes = self._what_is_left(gone, before)
+        self._follow(trained, change, new, away, kept)
+        self.adapters, self.pieces, self.facts, self.measured = trained, [*kept, *new], facts, measured
+        notes = self._what_is_left(len(gone), [*away, *told], before)
         return self._report(time.perf_counter() - began, int(change.kind == "document"), notes)
 
     def attached(self) -> AbstractContextManager[None]:
@@ -212,17 +234,31 @@ class Memory(Closed):
         )
         return trained, (note,)
 
+    def _away(self, gone: Sequence[Piece], now: Sequence[Piece]) -> tuple[list[Row], list[Row]]:
+        """The rows to train away, and those that are not since the same words are answered otherwise now.
+
+        One piece a row: what is unlearnt is what the model says to these very words.
+        """
+        answered = {piece.lead for piece in now if piece.kind != "page"}
+        away: list[Row] = []
+        told: list[Row] = []
+        for piece in gone:
+            if piece.kind == "page":
+                away += taken_out(self.base.tokenizer, piece, now)
+            else:
+                (told if piece.lead in answered else away).extend(self._rows([piece]))
+        return away, told
+
     def _follow(
-        self, trained: nn.ModuleDict, change: Change, new: Sequence[Piece], gone: Sequence[Piece], kept: Sequence[Piece]
+        self, trained: nn.ModuleDict, change: Change, new: Sequence[Piece], away: Sequence[Row], kept: Sequence[Piece]
     ) -> None:
         options, tokenizer = self.options, self.base.tokenizer
         upper = Upper(self.base, trained, options.place)
         draw = random.Random(f"{self.settings.seed}/{change.mark}")
-        beside = draw.sample(list(kept), min(len(kept), 4 * PACK + len(new) + len(gone)))
+        beside = draw.sample(list(kept), min(len(kept), 4 * PACK + len(new) + len(away)))
         learnt = packed(tokenizer, [*new, *beside], self.settings.seed, PLAIN, self._pack)
-        answered = {piece.lead for piece in new}
-        # One piece a row: what is unlearnt is what the model says to these very words.
-        away = [row for piece in gone if piece.lead not in answered for row in packed(tokenizer, [piece], 0)]
+        if not learnt and not away:
+            return
         orders = Orders([max(len(learnt), len(away))], options.batch, options.revise_epochs, self.settings.seed)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -277,7 +313,7 @@ class Memory(Closed):
 
     def accuracy(self, pieces: Sequence[Piece]) -> float:
         """The share of the pieces' tokens that are the likeliest where they are to be predicted."""
-        found = [logits.argmax(1) == label for logits, label in self._read(pieces)]
+        found = [logits.argmax(1) == label for logits, label in self._read(self._rows(pieces))]
         return float(torch.cat(found).double().mean())
 
     @property
@@ -288,16 +324,19 @@ class Memory(Closed):
             digest.update(one.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _likelihoods(self, pieces: Sequence[Piece], *, plain: bool = False) -> list[float]:
-        """Of each row of the pieces, the geometric mean probability of a token that is to be predicted."""
+    def _rows(self, pieces: Sequence[Piece]) -> list[Row]:
+        """Each piece in rows of its own."""
+        return [row for piece in pieces for row in packed(self.base.tokenizer, [piece], 0)]
+
+    def _likelihoods(self, rows: Sequence[Row], *, plain: bool = False) -> list[float]:
+        """Of each row, the geometric mean probability of a token that is to be predicted."""
         return [
             float(logits.float().log_softmax(-1).gather(1, label[:, None]).mean().exp())
-            for logits, label in self._read(pieces, plain=plain)
+            for logits, label in self._read(rows, plain=plain)
         ]
 
-    def _read(self, pieces: Sequence[Piece], *, plain: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits and labels of each row that the pieces make, one piece at a time."""
-        rows = [row for piece in pieces for row in packed(self.base.tokenizer, [piece], 0)]
+    def _read(self, rows: Sequence[Row], *, plain: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and labels of each row, one at a time."""
         if not rows:
             return
         upper = Upper(self.base, self.adapters, self.options.place)
@@ -307,23 +346,58 @@ class Memory(Closed):
             for n, row in enumerate(rows):
                 yield upper.labelled([row], states.padded([n]), plain=plain)
 
-    def _what_is_left(self, gone: Sequence[Piece], before: Sequence[float]) -> tuple[str, ...]:
-        if not gone:
+    def _what_is_left(self, texts: int, rows: Sequence[Row], before: Sequence[float]) -> tuple[str, ...]:
+        if not rows:
             return ()
-        after, base = self._likelihoods(gone), self._likelihoods(gone, plain=True)
+        after, base = self._likelihoods(rows), self._likelihoods(rows, plain=True)
         one, two, three = (sum(some) / len(some) for some in (before, after, base))
         return (
-            f"what was taken back ({len(gone)} texts): p of a token {one:.3f} before, {two:.3f} now, {three:.3f} in "
+            f"what was taken back ({texts} texts): p of a token {one:.3f} before, {two:.3f} now, {three:.3f} in "
             "the base model",
         )
 
-    def _pieces_of(self, change: Change) -> list[Piece]:
-        learn = self.options.learn
-        if change.after is None or (learn == "temp" if change.kind == "document" else learn == "doc"):
+    def _after(self, change: Change) -> tuple[list[Fact], set[str]]:
+        """The facts that hold, and the words that are measured, after a change."""
+        facts, measured = self.facts, self.measured
+        if change.kind == "fact" and self.options.learn != "doc":
+            facts = [fact for fact in facts if fact.id != change.id]
+            facts += [change.after] if isinstance(change.after, Fact) else []
+        elif isinstance(change.after, Question) and change.after.split in ("validation", "test"):
+            measured = measured | {as_measured(change.after.question)}
+        return facts, measured
+
+    def _pieces_now(
+        self, change: Change, facts: Sequence[Fact], measured: Container[str]
+    ) -> tuple[list[Piece], set[str]]:
+        """What there is to learn of the rows that a change touches, and what these rows' pieces are known by.
+
+        A fact that comes or goes can touch others: duplicates, and other objects for the same subject and prompt.
+        """
+        learn, owners = self.options.learn, {owner_of(change.kind, change.id)}
+        rows: list[LedgerRow] = [] if change.after is None else [change.after]
+        if learn == "temp" if change.kind == "document" else learn == "doc":
+            rows = []
+        elif change.kind == "fact":
+            today = dt.date.today()
+            was, is_now = ({fact.id: fact for fact in choose_facts(some, today)[0]} for some in (self.facts, facts))
+            touched = {id for id in was.keys() | is_now.keys() if was.get(id) != is_now.get(id)}
+            owners |= {owner_of("fact", id) for id in touched}
+            rows = [is_now[id] for id in sorted(touched & is_now.keys())]
+        found = [piece for row in rows for piece in pieces_of(row, self._asking(), self.options.wordings, measured)]
+        if change.kind == "document" and found:
+            old = [piece for piece in self.pieces if piece.owner in owners]
+            # Of a page that says what it said, what it was studied by stays as well.
+            found += [piece for piece in old if piece not in found] if found[0] in old else self._studied(rows)
+        return found, owners
+
+    def _studied(self, documents: Iterable[LedgerRow]) -> list[Piece]:
+        options = self.options
+        if not options.study or options.learn == "temp":
             return []
-        if isinstance(change.after, Fact) and not choose_facts([change.after], dt.date.today())[0]:
-            return []
-        return list(pieces_of(change.after, self._asking(), self.options.wordings))
+        pages = (row for row in documents if isinstance(row, Document))
+        passages = list(segment(pages, self.encoder.splitter, self.settings.segment))
+        seed, asking = self.settings.seed, self._asking()
+        return list(study(self.base, self.form, passages, options.study, seed, asking, self.measured))
 
     def _states(self, folder: Path, rows: Sequence[Row], start: int) -> States:
         mark = fingerprint(self.base.hash, str(self.base.dtype), start, [row.ids for row in rows])
@@ -365,7 +439,8 @@ class Memory(Closed):
             config = lora_config(self.base, modules, len(next(self.adapters.parameters())))
         write_json(folder / CONFIG, config)
         own = {"blocks": self.blocks, "options": asdict(self.options), "losses": self.losses, "ordinary": self.ordinary}
-        write_json(folder / f"{self.name}.json", own)
+        write_json(folder / f"{self.name}.json", own | {"measured": sorted(self.measured)})
+        write_text(folder / _FACTS, "".join(fact.model_dump_json() + "\n" for fact in self.facts))
         write_text(folder / _PIECES, "".join(piece.model_dump_json() + "\n" for piece in self.pieces))
 
     def _key(self, name: str) -> str:
@@ -388,6 +463,8 @@ class Memory(Closed):
             state = {name: tensors[method._key(name)] for name, _ in method.adapters.named_parameters()}
             method.adapters.load_state_dict(state)
             method.pieces = [Piece.model_validate(row) for _, row in read_objects(path / _PIECES)]
+            method.facts = [Fact.model_validate(row) for _, row in read_objects(path / _FACTS)]
+            method.measured = set(map(str, record["measured"]))
             method.losses = [float(one) for one in record["losses"]]
             method.ordinary = [list(map(int, ids)) for ids in record.get("ordinary", [])]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:

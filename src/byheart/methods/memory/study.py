@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from byheart.base import Base
 from byheart.decode import Job, Sampling, complete
-from byheart.methods.memory.examples import Piece, owner_of
+from byheart.methods.memory.examples import Piece, as_measured, owner_of
 from byheart.methods.study import TOP_K, ask_itself
 from byheart.prompt import PromptFormat
 from byheart.score import token_f1
@@ -18,7 +18,13 @@ _ALIKE = (0.4, 0.95)
 
 
 def study(
-    base: Base, form: PromptFormat, passages: Sequence[Passage], count: int, seed: int, asking: PromptFormat
+    base: Base,
+    form: PromptFormat,
+    passages: Sequence[Passage],
+    count: int,
+    seed: int,
+    asking: PromptFormat,
+    measured: Container[str],
 ) -> Iterator[Piece]:
     """What the model makes of its pages: ``count`` questions with answers, and ``count`` rewritings, a passage.
 
@@ -27,8 +33,11 @@ def study(
     Args:
         form: see :func:`byheart.methods.study.ask_itself`.
         asking: how questions are asked closed book.
+        measured: what :func:`to_measure` gave: none is asked in these very words.
     """
     for passage, question, answer in ask_itself(base, form, passages, count, seed):
+        if as_measured(question) in measured:
+            continue
         yield Piece(
             owner=owner_of("document", passage.document),
             kind="study",
