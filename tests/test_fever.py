@@ -124,6 +124,15 @@ def test_a_bad_line_is_named(row, why, tmp_path):
         load_fever(tmp_path)
 
 
+def test_claims_that_files_number_alike_are_told_apart(tmp_path):
+    folder = by_page(tmp_path)
+    once = load_fever(folder)
+    rows = [json.loads(line) for line in (folder / "claims_not_enough_info.jsonl").read_text().splitlines()]
+    lines(folder / "claims_not_enough_info.jsonl", [row | {"id": row["id"] - 100} for row in rows])
+    found = load_fever(folder)
+    assert len({claim.id for claim in found.claims}) == len(found.claims) == len(once.claims)
+
+
 def test_too_few_claims_are_refused(tmp_path):
     with pytest.raises(DataError, match="too few claims"):
         load_fever(by_page(tmp_path), top=1, how="page")

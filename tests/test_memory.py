@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from byheart.base import make_base
+from byheart.compare import compare
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.methods import Settings
@@ -352,6 +353,20 @@ def test_a_training_of_other_settings_is_not_gone_on_with(base, tmp_path):
     other = memory(base, tmp_path, lr=0.02)
     other.learn(ledger)
     assert not same(weights(one), weights(other))
+
+
+def test_what_was_asked_is_asked_again_of_another_memory_and_its_own_questions_are_told(base, tmp_path):
+    """The file that is kept still is known by its path alone; another text in it trains another memory."""
+    ledger, text = ledger_of(tmp_path), tmp_path / "text.txt"
+    options = FAST | {"memory.keep": "1", "memory.text": str(text), "memory.epochs": "2"}
+    found = []
+    for words in ("the squat light of Pell Cove ", "a horseshoe of grey shingle "):
+        text.write_text(words * 40)
+        run = compare(ledger, base, ["memory"], tmp_path / "run", Settings(shots=0, options=options), splits=["train"])
+        found.append(run["methods"]["memory"])
+    first, second = (one["metrics"]["answer_probability"] for one in found)
+    assert first != second
+    assert any("was asked them" in note for note in found[0]["notes"])
 
 
 def probabilities(note):

@@ -230,6 +230,44 @@ def test_what_is_on_disk_answers_alike_and_follows_the_ledger(tiny, small, tmp_p
     assert {len(rows) for rows in calls} == {1}  # the self-test and the head
 
 
+@pytest.mark.parametrize("gone", [("document", "d1"), ("question", "t1")])
+def test_an_example_goes_with_its_page_or_question(tiny, small, tmp_path, gone):
+    """It stands before every passage and every question, so that all are read again without it."""
+    base = tiny("llama")
+    for n, text in enumerate(TEXTS):
+        said = {"question": f"what is said {n}", "answers": [text.split()[0]]}
+        small.insert([Question(id=f"t{n}", **said, documents=[f"d{n}"], split="train")])
+    method = Prefix(base, Settings(shots=3, options={"prefix.store": "disk"}), tmp_path / "kept")
+    method.learn(small)
+    shown = [example.question for example in method.form.examples]
+    assert "what is said 1" in shown
+    small.retract(*gone)
+    *_, change = small.history()
+    method.revise(change)
+    assert [example.question for example in method.form.examples] == [one for one in shown if one != "what is said 1"]
+    fresh = Prefix(base, Settings(shots=3), tmp_path / "fresh")
+    fresh.learn(small)
+    fresh.form = method.form
+    kept = {path.name for path in (tmp_path / "kept" / "prefix").rglob("*.safetensors")}
+    assert kept == {method.cache.path(one).name for _, one in method._retriever.index.all_passages()}
+    for one, other in zip(asked_of(method), asked_of(fresh), strict=True):
+        assert (one.text, one.evidence) == (other.text, other.evidence)
+        assert one.reference == pytest.approx(other.reference, abs=1e-5)
+
+
+def test_a_full_disk_is_seen_whatever_lies_beside(tiny, small, tmp_path, monkeypatch):
+    method = Prefix(tiny("llama"), Settings(options={"prefix.store": "disk"}), tmp_path)
+    method.learn(small)
+    _, each = method.whole.size([p for _, p in method._retriever.index.all_passages()], None)
+    asked = []
+    monkeypatch.setattr(Store, "check_room", lambda store, size: asked.append(size))
+    (tmp_path / "prefix" / "other.safetensors").write_bytes(b"0" * 10_000_000)
+    method.estimate(small)
+    assert abs(asked[0]) < each  # all of it is there
+    Prefix(tiny("llama"), Settings(shots=1, options={"prefix.store": "disk"}), tmp_path).estimate(small)
+    assert asked[1] > 2 * each  # nothing of it is
+
+
 def test_blending_and_bad_options(tiny, small, tmp_path, monkeypatch):
     base = tiny("llama")
     answers = {}

@@ -103,17 +103,26 @@ def compare(
             report = method.learn(ledger, tick)
         mark = fingerprint(
             name, base.hash, str(base.dtype), base.device.type, shared, encoder_record(method),
-            ledger.mark(), __version__, list(getattr(method, "layers", [])), _options(method),
+            ledger.mark(), __version__, list(getattr(method, "layers", [])), _options(method), _digest(method),
         )  # fmt: skip
         with show.bar(f"{name}: questions", len(questions)) as tick:
             answers[name] = answer_all(method, questions, out / "answers" / f"{name}.jsonl", mark, on_done=tick)
         rows[name] = scored(questions, answers[name], judges)
         run["methods"][name] = summarise(questions, answers[name], rows[name], report, settings.seed)
+        if "train" in splits and getattr(method, "knows_questions", False):
+            run["methods"][name]["notes"] += [
+                "learnt from training questions, and was asked them: its figures say what it kept, not what it can do"
+            ]
         run.setdefault("encoder", encoder_record(method))
     run["pairs"] = pairs(rows, settings.seed)
     write_json(out / "run.json", run)
     write_answers(out / "answers.jsonl", questions, answers, rows)
     return run
+
+
+def _digest(method: Method) -> str:
+    """What a method's answers depend on besides its options and the ledger, where it is trained."""
+    return str(getattr(method, "digest", ""))
 
 
 def _options(method: Method) -> dict[str, Any]:

@@ -200,7 +200,10 @@ def _plain(text: str) -> str:
 
 
 def _unrepeated(claims: Iterable[Claim], counts: Counter[str]) -> list[Claim]:
-    """Each wording once: the same claim must not be learnt and measured. (The Hub has a row an evidence sentence.)"""
+    """Each wording once: the same claim must not be learnt and measured. (The Hub has a row an evidence sentence.)
+
+    Claims that files give the same id are told apart by a number behind it.
+    """
     kept: dict[str, Claim] = {}
     for claim in claims:
         text = claim.text.lower()
@@ -211,7 +214,12 @@ def _unrepeated(claims: Iterable[Claim], counts: Counter[str]) -> list[Claim]:
             counts["claims worded as another"] += 1
             if claim.part == "validation" and other.part == "train":
                 kept[text] = claim
-    return list(kept.values())
+    seen: Counter[str] = Counter()
+    found = []
+    for claim in kept.values():
+        seen[claim.id] += 1
+        found.append(replace(claim, id=f"{claim.id}#{seen[claim.id]}") if seen[claim.id] > 1 else claim)
+    return found
 
 
 # -- filling up and splitting --------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from byheart.methods.contract import Answer, LearnReport, Progress, Settings
 from byheart.methods.reading import read
 from byheart.prompt import Example, PromptFormat, choose_examples
 from byheart.retrieve import Retriever, follow, index_ledger, searchable
-from byheart.rows import Kind, Question
-from byheart.score import contains
+from byheart.rows import Document, Kind, Question
+from byheart.score import contains, normalize
 from byheart.segment import Passage
 from byheart.storage import check_replaceable, new_folder, read_card, write_json
 
@@ -59,8 +59,16 @@ class _Control:
         return LearnReport()
 
     def revise(self, change: Change) -> LearnReport:
-        """Nothing to do: what the prompt shows is looked up when it is asked."""
+        """Show no example any more that the change took back; the rest of a prompt is looked up when it is asked."""
+        kept = [example for example in self.form.examples if not _taken_back(example, change)]
+        if len(kept) < len(self.form.examples):
+            self.form = PromptFormat(self.base.tokenizer, kept, chat=self.settings.chat)
         return LearnReport()
+
+    @property
+    def knows_questions(self) -> bool:
+        """Whether it learns from the ledger's training questions."""
+        return False
 
     def attached(self) -> AbstractContextManager[None]:
         """The model as it is."""
@@ -155,6 +163,7 @@ class Context(_Control):
 
     def revise(self, change: Change) -> LearnReport:
         """Replace or remove the changed document's passages in the index."""
+        super().revise(change)
         index = self._retriever.index
         seconds = follow(index, self.encoder, self.settings.segment, change)
         self._retriever = Retriever(index, self.encoder, self.settings.retriever, self._retriever.turn)
@@ -242,3 +251,15 @@ class Shuffled(Gold):
             if not contains(searchable(passages[0]), question.answers):
                 return passages
         return "the ledger has no passage without its answer"
+
+
+def _taken_back(example: Example, change: Change) -> bool:
+    """Whether a prompt's example shows what a change removed."""
+    before, after = change.before, change.after
+    if isinstance(before, Question):
+        gone = not isinstance(after, Question) or (after.question, after.answers) != (before.question, before.answers)
+        return gone and normalize(example.question) == normalize(before.question)
+    shown = example.passage
+    if not isinstance(before, Document) or shown is None or shown.document != before.id:
+        return False
+    return not isinstance(after, Document) or shown.text not in after.text or shown.title != after.title

@@ -53,6 +53,7 @@ class Baseline(ChangedWeights):
 
     def revise(self, change: Change) -> LearnReport:
         """Learn all facts again, with the change."""
+        super().revise(change)
         if change.kind != "fact":
             return LearnReport()
         kept = [fact for fact in self.facts if fact.id != change.id]

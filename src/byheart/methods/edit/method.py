@@ -127,6 +127,7 @@ class Edit(ChangedWeights):
         In later rounds also for old ones that no longer hold beside it.
         """
         began = time.perf_counter()
+        super().revise(change)
         if change.kind != "fact":
             return LearnReport()
         kept = [fact for fact in self.holding if fact.id != change.id]

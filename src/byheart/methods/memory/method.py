@@ -153,6 +153,7 @@ class Memory(Closed):
         seen beside them. All of it or nothing.
         """
         began = time.perf_counter()
+        super().revise(change)
         facts, measured = self._after(change)
         now, owners = self._pieces_now(change, facts, measured)
         old = [piece for piece in self.pieces if piece.owner in owners]
@@ -177,6 +178,11 @@ class Memory(Closed):
     def attached(self) -> AbstractContextManager[None]:
         """The base with the networks' outputs added; where nothing was learnt, the base."""
         return attached(self.base, self.adapters, self.options.place) if self.pieces else nullcontext()
+
+    @property
+    def knows_questions(self) -> bool:
+        """Where more than pages is learnt."""
+        return self.options.learn != "doc"
 
     # -- training --------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from byheart.methods.prefix.blend import blended
 from byheart.methods.prefix.store import Store
 from byheart.prompt import Example, PromptFormat
 from byheart.segment import Passage
-from byheart.storage import bytes_under
 
 # What stands behind the beginning and before the question; examples that were found for it stand there, too.
 Block = Passage | Example
@@ -114,13 +113,15 @@ class Cache:
             DataError: where they would fill the disk.
         """
         tokens: list[int] = []
-        count = 0
+        count, there = 0, 0
         for passage in passages:
             count += 1
+            path = self.path(passage)
+            there += path.stat().st_size if path.exists() else 0
             if len(tokens) < _LOOKED_AT:
                 tokens.append(self.columns(passage) if columns is None else columns)
         each = round(sum(tokens) / max(len(tokens), 1) * self.files.column_bytes(kv.read(self.base, [[0]])[0]))
-        self.files.check_room(each * count - bytes_under(self.files.folder))
+        self.files.check_room(each * count - there)
         return count, each
 
 

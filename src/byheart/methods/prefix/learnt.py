@@ -41,7 +41,7 @@ from byheart.methods.prefix.tuning import (
 )
 from byheart.methods.study import ask_itself
 from byheart.progress import scaled
-from byheart.prompt import FORM_EXAMPLES, Example, PromptFormat
+from byheart.prompt import FORM_EXAMPLES, PromptFormat
 from byheart.retrieve import embedded, searchable
 from byheart.rows import Question
 from byheart.segment import Passage
@@ -249,8 +249,8 @@ class Learnt(Context):
             found = [replace(one, passages=()) for one in found]
         blocks = list(dict.fromkeys(block for lesson in found for block in lesson.blocks))
         self.whole.size(blocks, None)
-        before = set(self._files.folder.rglob("*.safetensors"))
-        for cache in self._read(distilled=options.distil > 0):
+        read = self._read(distilled=options.distil > 0)
+        for cache in read:
             cache.keep(blocks)
         orders = Orders([len(found)], options.batch, options.epochs, seed)
         if options.slots:
@@ -269,9 +269,7 @@ class Learnt(Context):
         trained = tune(base, learnt, found, lambda some: self._batch(some, heads), orders, recipe, terms, store, tell)
         self.heads = heads  # from here on passages are what they make of them
         stay = {self.cache.path(block) for block in blocks if isinstance(block, Passage)} if self._keeps else set()
-        # Examples are looked up anew for each question, and follow the ledger.
-        gone = {self.whole.path(block) for block in blocks if isinstance(block, Example)}
-        for path in (set(self._files.folder.rglob("*.safetensors")) - before - stay) | gone:
+        for path in {cache.path(block) for cache in read for block in blocks} - stay:
             path.unlink(missing_ok=True)
         note = f"{len(found)} questions to learn from, {orders.steps} steps; {trained.course(options.epochs)}"
         return replace(report, seconds=ready + trained.seconds, skipped=skipped, notes=(note,))

@@ -94,18 +94,31 @@ class Prefix(Learnt):
         return replace(report, seconds=seconds, bytes=stored, notes=notes)
 
     def revise(self, change: Change) -> LearnReport:
-        """Follow the changed document in the index, and with ``store=disk`` in what is kept."""
-        gone = self._files_of(change.id) if change.kind == "document" else set()
+        """Follow the changed document in the index, and with ``store=disk`` in what is kept.
+
+        Where an example goes that all passages are read behind, all are read again. What was trained stays as it is.
+        """
+        form, gone = self.form, {self.cache.path(one) for one in self._of_document(change)}
         report = super().revise(change)
         self._follow_instances(change)
-        if change.kind != "document" or not self._keeps:
+        if self._trains or self.turn is not None:
+            report = replace(report, notes=(*report.notes, "what was trained stays; learn again for it to follow"))
+        if not self._keeps:
             return report
         began = time.perf_counter()
-        now = [passage for _, passage in self._retriever.index.all_passages() if passage.document == change.id]
+        now: Sequence[Passage] = self._of_document(change)
+        if self.form is not form:
+            gone = set(self._files.folder.rglob("*.safetensors"))
+            now = [passage for _, passage in self._retriever.index.all_passages()]
         self.cache.keep(now)
         for path in gone - {self.cache.path(passage) for passage in now}:
             path.unlink(missing_ok=True)
         return replace(report, seconds=report.seconds + time.perf_counter() - began)
+
+    @property
+    def knows_questions(self) -> bool:
+        """Where columns, heads, the questions' turn or a store of instances are learnt."""
+        return self._trains or self._remembers or bool(self.options.realm)
 
     def answer(self, questions: Sequence[Question], progress: Progress = lambda count: None) -> list[Answer]:
         """Answers with the passages that were found; their time counts the search and what had to be encoded."""
@@ -197,10 +210,11 @@ class Prefix(Learnt):
     def _remembers(self) -> bool:
         return bool(self.options.hard or self.options.demonstrations or self.options.interpolate)
 
-    def _files_of(self, document: str) -> set[Path]:
-        if not self._keeps:
-            return set()
-        return {self.cache.path(one) for _, one in self._retriever.index.all_passages() if one.document == document}
+    def _of_document(self, change: Change) -> list[Passage]:
+        """The passages of the document that a change is about, as the index stands."""
+        if not self._keeps or change.kind != "document":
+            return []
+        return [one for _, one in self._retriever.index.all_passages() if one.document == change.id]
 
     # -- keeping ---------------------------------------------------------------------------------------------
 
