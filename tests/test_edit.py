@@ -9,12 +9,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from byheart import ordinary
 from byheart.base import make_base
 from byheart.decode import Completion, Job, complete
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.methods import Settings, method_class
 from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, trace
+from byheart.methods.edit.covariance import token_count
 from byheart.methods.edit.export import export_merged, export_peft
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.method import Edit
@@ -291,7 +293,7 @@ def test_the_text_of_an_edit_need_not_be_at_hand_to_undo(base, tmp_path):
 )
 def test_every_variant_brings_states_nearer_to_their_targets(option, base, tmp_path):
     name, value = option.split("=")
-    extra = {"weight": "0.0001", "energy": "0.5"} if value == "nullspace" else {}
+    extra = {"energy": "0.5"} if value == "nullspace" else {}
     method = learnt(base, tmp_path, **({name: value} | extra | ({"batch": 2} if name == "sequence" else {})))
     assert nearer(method) < 0.7
 
@@ -363,6 +365,34 @@ def test_baselines_learn_and_leave_no_trace(name, base, tmp_path):
     if name == "ft":
         entries = method.deltas[1][1].abs().max() / matrix(base.parts.blocks[1].mlp_out).square().mean().sqrt()
         assert float(entries) <= 0.02 + 1e-6
+
+
+def test_facts_that_a_gate_refused_stay_named_however_many_come_after(base, tmp_path):
+    refused = learnt(base, tmp_path, FACTS[:3], gate="rollback", max_perplexity=-1.0, batch=1)
+    assert not refused.facts
+    assert refused.skipped == {fact.id: "rolled back by the gate" for fact in FACTS[:3]}
+
+
+def test_collisions_are_told_before_anything_is_written(base, tmp_path):
+    twins = [FACTS[0], FACTS[0].model_copy(update={"id": "twin", "prompt": "The light of {} is", "object": "squat"})]
+    with ledger_of(tmp_path, twins) as ledger:
+        for merge, said in (("false", "edit: 1 pairs of facts have nearly the same key"), ("true", None)):
+            method = Edit(base, Settings(shots=0, options={"edit.merge": merge}), tmp_path / "work")
+            found = method.estimate(ledger)
+            assert (found or "").startswith(said or "") and (found is None) == (said is None)
+            assert not method.facts and not method.deltas
+
+
+def test_a_short_text_is_filled_up_to_ten_times_the_width_and_no_further(base, monkeypatch):
+    width, written = base.parts.d_ff, []
+    monkeypatch.setattr(ordinary, "_written", lambda base, count, seed: written.append(count) or [])
+    for words, tokens in ((5, 10), (30 * width, 30), (900 * width, 200)):
+        texts = ["stone " * words]
+        count = token_count(base, 0, texts)
+        assert abs(count - tokens * width) <= 1
+        list(ordinary.text_rows(base, texts, count, 0))
+    assert len(written) == 1
+    assert token_count(base, 3, None) == 3 * width and token_count(base, 0, None) == 10 * width
 
 
 def test_the_gate_takes_back_what_drifts_too_far(base, tmp_path):

@@ -189,8 +189,9 @@ def test_null_space_leaves_the_directions_of_text_alone():
     g = torch.Generator().manual_seed(0)
     text = torch.randn(300, 8, generator=g, dtype=torch.float64) @ torch.randn(8, 24, generator=g, dtype=torch.float64)
     _, keys, residuals = random_problem(4)
-    projector = solve.null_space(text.T @ text / 300, 0.999999)
-    delta = solve.projected(projector, keys[:0], keys, residuals, 1e-6)
+    moment = text.T @ text / 300
+    projector = solve.null_space(moment, 0.999999)
+    delta = solve.projected(projector, moment, keys[:0], keys, residuals, 1e-6)
     assert (text @ delta.T).abs().max() < 1e-4 * (keys @ delta.T).abs().max()
     assert torch.allclose(keys @ delta.T, residuals, atol=1e-2)
 

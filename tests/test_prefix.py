@@ -21,7 +21,7 @@ from byheart.decode import Job, complete
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.losses import token_loss
-from byheart.methods import Settings
+from byheart.methods import Settings, method_class
 from byheart.methods.prefix import compress, heads, slots
 from byheart.methods.prefix.behind import Sample, answer_logits, shared
 from byheart.methods.prefix.blend import blended
@@ -228,6 +228,28 @@ def test_what_is_on_disk_answers_alike_and_follows_the_ledger(tiny, small, tmp_p
     calls.clear()
     assert plain(asked_of(again)) == plain(asked_of(kept))
     assert {len(rows) for rows in calls} == {1}  # the self-test and the head
+
+
+@pytest.mark.parametrize("name", ["context", "prefix"])
+def test_choices_are_calibrated_behind_the_same_passage(tiny, small, tmp_path, name):
+    """What a choice gains by the question, not by the passage (Zhao et al. 2021)."""
+    base, choices = tiny("llama"), ["Vell", "the lamp", "a horseshoe", "Anna Kestle"]
+    asked = [Question(id=f"q{n}", question=text, answers=["Vell"], choices=choices) for n, text in enumerate(ASKED)]
+    method = method_class(name)(base, Settings(shots=1), tmp_path)
+    method.learn(small)
+    free = "N/A"
+    for question, answer in zip(asked, method.answer(asked), strict=True):
+        scores = {}
+        for text in (question.question, free):
+            if name == "prefix":
+                head, blocks, tail = method.form.pieces(text, answer.evidence, choices)
+                prompt = head + "".join(blocks) + tail
+            else:
+                prompt = method.form.prompt(text, answer.evidence, choices)
+            job = Job(prompt, tuple(map(method.form.continuation, choices)))
+            scores[text] = complete(base, [job], max_new_tokens=0)[0].options
+        gains = [a - b for a, b in zip(scores[question.question], scores[free], strict=True)]
+        assert answer.choice_calibrated == choices[max(range(len(choices)), key=gains.__getitem__)]
 
 
 @pytest.mark.parametrize("gone", [("document", "d1"), ("question", "t1")])

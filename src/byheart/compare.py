@@ -103,12 +103,15 @@ def compare(
             report = method.learn(ledger, tick)
         mark = fingerprint(
             name, base.hash, str(base.dtype), base.device.type, shared, encoder_record(method),
-            ledger.mark(), __version__, list(getattr(method, "layers", [])), _options(method), _digest(method),
+            ledger.mark(), __version__, list(getattr(method, "layers", [])), options_of(method), _digest(method),
         )  # fmt: skip
         with show.bar(f"{name}: questions", len(questions)) as tick:
             answers[name] = answer_all(method, questions, out / "answers" / f"{name}.jsonl", mark, on_done=tick)
         rows[name] = scored(questions, answers[name], judges)
         run["methods"][name] = summarise(questions, answers[name], rows[name], report, settings.seed)
+        run["methods"][name]["options"] = options_of(method)
+        if layers := list(getattr(method, "layers", [])):
+            run["methods"][name]["layers"] = layers
         if "train" in splits and getattr(method, "knows_questions", False):
             run["methods"][name]["notes"] += [
                 "learnt from training questions, and was asked them: its figures say what it kept, not what it can do"
@@ -125,7 +128,7 @@ def _digest(method: Method) -> str:
     return str(getattr(method, "digest", ""))
 
 
-def _options(method: Method) -> dict[str, Any]:
+def options_of(method: Method) -> dict[str, Any]:
     """A method's options with the defaults of this version, which settings do not hold."""
     options: Any = getattr(method, "options", None)
     return asdict(options) if is_dataclass(options) and not isinstance(options, type) else {}

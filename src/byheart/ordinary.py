@@ -81,6 +81,16 @@ def text_rows(base: Base, texts: Sequence[str] | None, tokens: int, seed: int) -
         yield from _written(base, -(-left // ROW), seed)
 
 
+def tokens_of(base: Base, texts: Sequence[str] | None, limit: int) -> int:
+    """How many tokens texts have, counted up to ``limit``."""
+    count = 0
+    for row in _cut(base, texts or ()):
+        count += len(row)
+        if count >= limit:
+            return limit
+    return count
+
+
 def _written(base: Base, count: int, seed: int) -> list[list[int]]:
     """``count`` rows that the model writes; kept in byheart's cache folder, since they take half a minute to make."""
     path = home() / "text" / base.hash / f"{count}-{seed}-{str(base.dtype).removeprefix('torch.')}.json"

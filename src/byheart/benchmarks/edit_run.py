@@ -15,7 +15,7 @@ import numpy as np
 
 from byheart.base import Base
 from byheart.benchmarks.editing import Case, Probe
-from byheart.compare import means, run_record
+from byheart.compare import means, options_of, run_record
 from byheart.decode import Job, Sampling, complete
 from byheart.ledger import Ledger
 from byheart.methods import LearnReport, Method, Settings, method_class
@@ -90,8 +90,9 @@ def run_editing(
         if any(case.group for case in cases):
             run["methods"][name]["by_group"] = by_group(cases, rows[name], settings.seed)
         _drift(run["methods"], name)
-        if name != UNEDITED:
+        if method is not None:
             run["methods"][name]["skipped_facts"] = getattr(method, "skipped", {})
+            run["methods"][name] |= {"options": options_of(method), "layers": list(getattr(method, "layers", []))}
             _extras(
                 run["methods"][name],
                 name,

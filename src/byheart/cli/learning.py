@@ -75,6 +75,8 @@ def _learn(
         if method != "edit":
             raise UsageError("--gate: only edit has a gate")
         options = [*(options or []), "edit.gate=rollback"]
+    elif method == "edit":
+        options = ["edit.gate=warn", *(options or [])]
     settings = make_settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
     check_replaceable(out, "byheart.json")
     show = Terminal()

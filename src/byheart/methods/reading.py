@@ -12,7 +12,7 @@ from byheart.rows import Question
 from byheart.segment import Passage
 
 # Stands in the question's place where an option's likelihood without the question is wanted (Zhao et al. 2021).
-_CONTENT_FREE = "N/A"
+CONTENT_FREE = "N/A"
 
 
 def read(
@@ -25,11 +25,14 @@ def read(
     progress: Progress = lambda count: None,
 ) -> list[Answer]:
     """Ask the model each question with its passages (None: closed book), and score its choices or first answer."""
-    jobs = [
-        Job(form.prompt(question.question, given, question.choices), options_of(form, question))
-        for question, given in zip(questions, passages, strict=True)
-    ]
-    return ask(base, form, questions, passages, jobs, max_new_tokens=max_new_tokens, progress=progress)
+    jobs, free = (
+        [
+            Job(form.prompt(text or question.question, given, question.choices), options_of(form, question))
+            for question, given in zip(questions, passages, strict=True)
+        ]
+        for text in (None, CONTENT_FREE)
+    )
+    return ask(base, questions, passages, jobs, free, max_new_tokens=max_new_tokens, progress=progress)
 
 
 def options_of(form: PromptFormat, question: Question) -> tuple[str, ...]:
@@ -39,44 +42,44 @@ def options_of(form: PromptFormat, question: Question) -> tuple[str, ...]:
 
 def ask(
     base: Base,
-    form: PromptFormat,
     questions: Sequence[Question],
     passages: Sequence[Sequence[Passage] | None],
     jobs: Sequence[Job],
+    free: Sequence[Job],
     *,
     max_new_tokens: int,
     progress: Progress = lambda count: None,
 ) -> list[Answer]:
-    """The same with the jobs made elsewhere, one a question."""
+    """The same with the jobs made elsewhere, one a question.
+
+    Args:
+        free: the same jobs with :data:`CONTENT_FREE` for a question; only those of questions with choices are asked.
+    """
     completions = complete(base, jobs, max_new_tokens=max_new_tokens, on_done=progress)
-    without = _likelihood_without_question(base, form, questions)
-    return [
-        _answer(question, given, completion, without)
-        for question, given, completion in zip(questions, passages, completions, strict=True)
+    marks = [
+        (job.prompt, job.options, tuple(map(id, job.past))) if question.choices else None
+        for question, job in zip(questions, free, strict=True)
     ]
-
-
-def _likelihood_without_question(
-    base: Base, form: PromptFormat, questions: Sequence[Question]
-) -> dict[tuple[str, ...], tuple[float, ...]]:
-    sets = list(dict.fromkeys(tuple(q.choices) for q in questions if q.choices))
-    jobs = [Job(form.prompt(_CONTENT_FREE, None, choices), tuple(map(form.continuation, choices))) for choices in sets]
-    done = complete(base, jobs, max_new_tokens=0)
-    return {choices: completion.options for choices, completion in zip(sets, done, strict=True)}
+    different = {mark: job for mark, job in zip(marks, free, strict=True) if mark is not None}
+    done = complete(base, list(different.values()), max_new_tokens=0)
+    without = {mark: one.options for mark, one in zip(different, done, strict=True)}
+    return [
+        _answer(question, given, completion, () if mark is None else without[mark])
+        for question, given, completion, mark in zip(questions, passages, completions, marks, strict=True)
+    ]
 
 
 def _answer(
     question: Question,
     given: Sequence[Passage] | None,
     completion: Completion,
-    without: dict[tuple[str, ...], tuple[float, ...]],
+    without: tuple[float, ...],
 ) -> Answer:
     reference, hits, choice, calibrated = None, None, None, None
     if question.choices:
         scores = completion.options
         choice = _likeliest(question.choices, scores)
-        free = without[tuple(question.choices)]
-        calibrated = _likeliest(question.choices, [a - b for a, b in zip(scores, free, strict=True)])
+        calibrated = _likeliest(question.choices, [a - b for a, b in zip(scores, without, strict=True)])
         both = zip(question.choices, zip(scores, completion.hits, strict=True), strict=True)
         right = [found for text, found in both if text in question.answers]
         reference, hits = max(right) if right else (None, None)

@@ -28,7 +28,7 @@ from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, Deltas, changed_by, delta_bytes, stacked
 from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.methods.facts import choose_facts
-from byheart.ordinary import ordinary_text, text_source
+from byheart.ordinary import ordinary_text
 from byheart.padding import right_padded
 from byheart.rows import Fact
 from byheart.surgery import add_to, matrix, out_first
@@ -218,7 +218,7 @@ class Rome(Baseline):
 
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
         texts = ordinary_text(self.options.text, self.name, self.documents)
-        tokens = token_count(self.base, self.options.tokens, text_source(texts))
+        tokens = token_count(self.base, self.options.tokens, texts)
         moments = second_moments(self.base, [self.layer], texts, tokens, self.settings.seed)
         writer = Writer(self.base, moments, WriteOptions(constraint="equality"))
         deltas: Deltas = {}

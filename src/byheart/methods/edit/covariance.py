@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.errors import DataError
-from byheart.ordinary import OWN, text_rows, text_source
+from byheart.ordinary import OWN, text_rows, text_source, tokens_of
 from byheart.padding import right_padded
 from byheart.storage import home, replacing
 from byheart.surgery import observed, stopped_at
 
 _ROWS = 16
+# Tokens that a second moment takes where nothing is said, as multiples of d_ff.
+_LEAST, _MOST = 10, 200
 
 
 def second_moments(
@@ -60,13 +62,14 @@ def second_moments(
     return {layer: moment.double() for layer, moment in found.items() if moment is not None}
 
 
-def token_count(base: Base, option: int, source: str) -> int:
-    """How many tokens to take: ``option`` times d_ff; where it is 0, 200 times of a given text, 10 of the model's own.
+def token_count(base: Base, option: int, texts: Sequence[str] | None) -> int:
+    """How many tokens to take: ``option`` times d_ff; where it is 0, up to 200 times, of what the texts have.
 
     The more tokens, the less an edit disturbs text (300 facts: neighbours' margins by 6 % from 40 to 120 times); but
-    what no text is given for the model must write, and that takes minutes.
+    what is short of 10 times the model must write, and that takes minutes.
     """
-    return (option or (10 if source == OWN else 200)) * base.parts.d_ff
+    width = base.parts.d_ff
+    return option * width if option else max(_LEAST * width, tokens_of(base, texts, _MOST * width))
 
 
 def _read(path: Path) -> Tensor | None:

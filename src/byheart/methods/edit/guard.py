@@ -31,8 +31,10 @@ class Collision:
     cosine: float
 
 
-def collisions(facts: Sequence[Fact], keys: Tensor, factor: Tensor) -> list[Collision]:
+def collisions(facts: Sequence[Fact], keys: Tensor, factor: Tensor, groups: Sequence[int]) -> list[Collision]:
     """Pairs of facts with different objects whose keys' cosine under C⁻¹ is at least :data:`ALIKE`, worst first.
+
+    Facts of one group are written as one, and cannot get in each other's way.
 
     Args:
         keys: (facts, d_ff), at the first edited layer.
@@ -46,7 +48,8 @@ def collisions(facts: Sequence[Fact], keys: Tensor, factor: Tensor) -> list[Coll
     for start in range(0, len(facts), 1024):  # a block of the cosines at a time
         cosines = whitened[:, start : start + 1024].T @ whitened
         for i, j in (cosines >= ALIKE).nonzero().tolist():
-            if start + i < j and facts[start + i].object != facts[j].object:
+            apart = start + i < j and groups[start + i] != groups[j]
+            if apart and facts[start + i].object != facts[j].object:
                 found.append(Collision(facts[start + i], facts[j], float(cosines[i, j])))
     return sorted(found, key=lambda one: -one.cosine)
 

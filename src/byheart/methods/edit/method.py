@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.decode import Job, complete
 from byheart.errors import DataError, UsageError
@@ -27,13 +28,14 @@ from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare, prompt_text, target_text
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, Deltas, changed_by, delta_bytes, stacked
-from byheart.methods.edit.write import WriteOptions, Writer, Written
+from byheart.methods.edit.write import Reader, WriteOptions, Writer, Written
 from byheart.methods.facts import choose_facts
 from byheart.ordinary import ordinary_text, text_source
 from byheart.progress import scaled
 from byheart.rows import Fact
 from byheart.storage import fingerprint, replacing
 
+_REFUSED = "rolled back by the gate"
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
 _STEP = 32
 # What follows from the facts that hold; all of it changes, or nothing does.
@@ -49,7 +51,8 @@ class EditOptions(WriteOptions, TargetOptions):
         prefixes: texts of the model's own that each prompt is also edited behind.
         paraphrases: edit behind the facts' own paraphrases, too, where the ledger has any.
         text: ordinary text for the second moment: ``own`` (the model writes it), ``ledger`` (its documents) or a file.
-        tokens: of that text, as a multiple of d_ff; 0: 200 of a given text, 10 where the model must write it.
+        tokens: of that text, as a multiple of d_ff; 0: up to 200 of what there is, and at least 10, which the model
+            writes where they are not there.
         rounds: how often targets are sought. From the second time on it is in the model with all edits written, so that
             a fact's target makes up for what the other edits move around it.
         merge: seek and write one change for all facts about one subject (MEMIT-Merge).
@@ -97,21 +100,38 @@ class Edit(ChangedWeights):
         self.keys: dict[int, Tensor] = {}
         self.prefixes: tuple[str, ...] = ()
         self.skipped: dict[str, str] = {}
-        self._source = ""  # of the second moment's text
+        self._source, self._tokens = "", 0  # of the second moment's text, and how much of it
         self._texts: Sequence[str] | None = None
         self._writer: Writer | None = None
         self._earlier: dict[str, float] = {}  # by file of targets, the seconds that earlier runs took for it
 
     # -- the contract ----------------------------------------------------------------------------------------
 
+    def estimate(self, ledger: Ledger) -> str | None:
+        """Which facts will get in each other's way."""
+        self._begin(ledger)
+        prepared, _ = self._prepare(choose_facts(ledger.facts(), dt.date.today())[0])
+        if len(prepared) < 2:
+            return None
+        first = self.layers[0]
+        with fast_attention(self.base.model), torch.no_grad():
+            keys = Reader(self.base, prepared, first, first).read(first)[0]
+        notes = self._collisions([one.fact for one in prepared], keys)
+        return f"{self.name}: {notes[0]}" if notes else None
+
+    def _begin(self, ledger: Ledger) -> None:
+        """The text of the second moment, and the texts that prompts stand behind."""
+        documents = [document.text for document in ledger.documents()] if self.options.text == "ledger" else None
+        self._texts = ordinary_text(self.options.text, self.name, documents)
+        self._source = text_source(self._texts)
+        self._tokens = token_count(self.base, self.options.tokens, self._texts)
+        self.prefixes = make_prefixes(self.base, self.options.prefixes, self.settings.seed)
+
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
         """Write all facts of the ledger that hold."""
         super().learn(ledger)
         began = time.perf_counter()
-        documents = [document.text for document in ledger.documents()] if self.options.text == "ledger" else None
-        self._texts = ordinary_text(self.options.text, self.name, documents)
-        self._source = text_source(self._texts)
-        self.prefixes = make_prefixes(self.base, self.options.prefixes, self.settings.seed)
+        self._begin(ledger)
         self.holding, self.facts, self.z, self.keys, self.deltas = [], [], self.z[:0], {}, {}
         facts = list(ledger.facts())
         notes: list[str] = []
@@ -170,7 +190,9 @@ class Edit(ChangedWeights):
                 places = {n for n, mark in enumerate(marks) if mark in new}
                 self.z, self.deltas, self.keys = self._settled(prepared, z, places, progress)
                 self.facts = [one.fact for one in prepared]
-            self.holding, self.skipped = list(holding), skipped | more
+            there = {fact.id for fact in holding}
+            refused = {id: why for id, why in self.skipped.items() if why == _REFUSED and id not in there}
+            self.holding, self.skipped = list(holding), refused | skipped | more
             return self._guarded(before, [one.fact for one in new.values()])
         except BaseException:
             vars(self).update(before)
@@ -239,7 +261,7 @@ class Edit(ChangedWeights):
 
     def _guarded(self, before: dict[str, Any], new: Sequence[Fact]) -> tuple[str, ...]:
         """What the guard rails say; goes back where the gate is to, and the edit went too far."""
-        options, notes = self.options, self._collisions()
+        options, notes = self.options, self._collisions(self.facts, self.keys.get(self.layers[0]))
         if options.gate == "off" or not new:
             return notes
         rows = guard.text(self.base, self.settings.seed)
@@ -250,17 +272,18 @@ class Edit(ChangedWeights):
         notes += (said,)
         if not within and options.gate == "rollback":
             vars(self).update(before)
-            self.skipped = self.skipped | {fact.id: "rolled back by the gate" for fact in new}
+            self.skipped = self.skipped | {fact.id: _REFUSED for fact in new}
             notes += (f"past the gate's limits: {len(new)} facts rolled back",)
         elif not within:
             notes += ("warning: past the gate's limits; --gate rolls such an edit back",)
         return notes
 
-    def _collisions(self) -> tuple[str, ...]:
-        if self._writer is None or not self.keys:
+    def _collisions(self, facts: Sequence[Fact], keys: Tensor | None) -> tuple[str, ...]:
+        """Which facts have nearly the same key at the first layer."""
+        if keys is None:
             return ()
-        first = self.layers[0]
-        return guard.collision_notes(guard.collisions(self.facts, self.keys[first], self._writer.factor(first)))
+        factor = self._ready().factor(self.layers[0])
+        return guard.collision_notes(guard.collisions(facts, keys, factor, self._groups(facts)))
 
     def _prepare(self, facts: Sequence[Fact]) -> tuple[list[Prepared], dict[str, str]]:
         return prepare(self.base.tokenizer, facts, self.prefixes, paraphrases=self.options.paraphrases)
@@ -314,9 +337,8 @@ class Edit(ChangedWeights):
     def _ready(self) -> Writer:
         """The writer, with the base's second moments; made once."""
         if self._writer is None:
-            tokens = token_count(self.base, self.options.tokens, self._source)
             moments = second_moments(
-                self.base, self.layers, self._texts, tokens, self.settings.seed, source=self._source
+                self.base, self.layers, self._texts, self._tokens, self.settings.seed, source=self._source
             )
             self._writer = Writer(self.base, moments, self.options)
         return self._writer
@@ -347,6 +369,7 @@ class Edit(ChangedWeights):
             "range": list(self.layers),
             "prefixes": list(self.prefixes),
             "source": self._source,
+            "tokens": self._tokens,
             "facts": [fact.id for fact in self.facts],
             "holding": [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.holding],
             "skipped": self.skipped,
@@ -357,7 +380,7 @@ class Edit(ChangedWeights):
         self.options = EditOptions(**({"rounds": 1} | record["options"]))
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])
-        self._source = record["source"]
+        self._source, self._tokens = record["source"], int(record["tokens"])
         self.holding = [Fact.model_validate(fact) for fact in record["holding"]]
         by_id = {fact.id: fact for fact in self.holding}
         self.facts = [by_id[id] for id in record["facts"]]

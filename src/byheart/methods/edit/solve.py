@@ -95,20 +95,25 @@ def null_space(moment: Tensor, energy: float) -> Tensor:
     return cast(Tensor, basis @ basis.T)
 
 
-def projected(projector: Tensor, past: Tensor, keys: Tensor, residuals: Tensor, weight: float) -> Tensor:
+def projected(
+    projector: Tensor, moment: Tensor, past: Tensor, keys: Tensor, residuals: Tensor, weight: float
+) -> Tensor:
     """AlphaEdit's Δ = R KᵀP (K_p K_pᵀ P + K Kᵀ P + w I)⁻¹ (Fang et al. 2025, equation 14).
 
     Args:
         projector: P (d_k, d_k).
+        moment: C (d_k, d_k).
         past: K_p (facts, d_k), the keys of what was written before.
-        weight: w, relative to the mean squared length of the keys.
+        weight: w, relative to tr(PC), the mean kᵀPk of ordinary text: as in :func:`regularizer`, at 1, one fact with an
+            ordinary key is written half.
     """
     size = len(projector)
     both = torch.cat([past, keys])
-    scale = weight * both.square().sum(1).mean()
+    scale = weight * (projector * moment.double()).sum().clamp(min=RIDGE * moment.diagonal().sum() / size)
     # Written with P on both sides of the Gram matrix: the same on the range of P, and symmetric.
     inside = projector @ (both.T @ both) @ projector + scale * torch.eye(size, dtype=torch.float64)
-    return torch.cholesky_solve(projector @ keys.T @ residuals, cholesky(inside)).T
+    # Once more, so that rounding leaves nothing where text looks.
+    return torch.cholesky_solve(projector @ keys.T @ residuals, cholesky(inside)).T @ projector
 
 
 def before_norm(values: Tensor, residuals: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:

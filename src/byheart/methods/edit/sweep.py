@@ -7,7 +7,7 @@ from typing import Any
 
 from byheart.base import Base
 from byheart.decode import Job, complete
-from byheart.errors import DataError
+from byheart.methods.edit.common_facts import common_facts
 from byheart.methods.edit.covariance import second_moments
 from byheart.methods.edit.layers import WIDTH
 from byheart.methods.edit.prompts import make_prefixes, prepare, prompt_text, target_text
@@ -33,10 +33,8 @@ def sweep(base: Base, facts: Sequence[Fact], seed: int, show: Silent) -> tuple[i
         First and last layer, and what each range came to.
     """
     edits, others = _swapped(facts)
-    if not edits or not others:
-        raise DataError(
-            "trace: the model knows too few of the facts to trace, and no two of them share a prompt to try on"
-        )
+    if not edits or not others:  # no two of them share a prompt
+        edits, others = _swapped(common_facts())
     prefixes = make_prefixes(base, 4, seed)
     prepared, _ = prepare(base.tokenizer, edits, prefixes[:2])
     edits = [one.fact for one in prepared]

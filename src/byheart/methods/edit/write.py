@@ -120,7 +120,8 @@ class Writer:
         if options.constraint == "nullspace":
             if layer not in self._projectors:
                 self._projectors[layer] = solve.null_space(self.moments[layer], options.energy)
-            return None, solve.projected(self._projectors[layer], past, keys, residuals, options.weight)
+            projector = self._projectors[layer]
+            return None, solve.projected(projector, self.moments[layer], past, keys, residuals, options.weight)
         if len(past):
             moment = solve.regularizer(self.moments[layer], options.weight) + past.T @ past
             if options.constraint == "equality":

@@ -25,7 +25,7 @@ from byheart.methods.prefix.instances import NEAREST, Instances, instances_of, i
 from byheart.methods.prefix.learnt import Learnt
 from byheart.methods.prefix.marginal import Turn
 from byheart.methods.prefix.slots import Slots
-from byheart.methods.reading import ask, options_of
+from byheart.methods.reading import CONTENT_FREE, ask, options_of
 from byheart.progress import scaled
 from byheart.rows import Question
 from byheart.score import normalize
@@ -137,7 +137,11 @@ class Prefix(Learnt):
         jobs = self._jobs(questions, passages)
         share = (time.perf_counter() - began) / max(len(jobs), 1)
         new = self.settings.max_new_tokens
-        found = ask(self.base, self.form, questions, passages, jobs, max_new_tokens=new, progress=progress)
+        free = [
+            replace(job, prompt=self.form.pieces(CONTENT_FREE, (), question.choices)[2])
+            for job, question in zip(jobs, questions, strict=True)
+        ]
+        found = ask(self.base, questions, passages, jobs, free, max_new_tokens=new, progress=progress)
         if self.options.interpolate and self.instances is not None:
             found = self._interpolated(questions, jobs, found, self.instances)
         return [replace(answer, seconds=answer.seconds + share) for answer in found]
