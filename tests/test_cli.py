@@ -13,6 +13,7 @@ COMMANDS = [
     "bench",
     "learn",
     "ask",
+    "follow",
     "ledger",
     "index",
     "models",
@@ -142,6 +143,16 @@ def test_learn_ask_index_and_doctor(tmp_path, smollm, minilm):
     ask = byheart("ask", "learnt", "Who is the harbour master of Pell Cove?", "--json", cwd=tmp_path)
     (row,) = json.loads(ask.stdout)
     assert row["evidence"][0]["document"] == "page-pell-cove" and row["text"]
+    assert "followed 0 changes" in byheart("follow", "learnt", "w.db", cwd=tmp_path).stdout
+    byheart("ledger", "retract", "w.db", "page-pell-cove", cwd=tmp_path)
+    done = byheart("follow", "learnt", "w.db", "--json", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["changes"] == 1, done.stderr
+    ask = byheart("ask", "learnt", "Who is the harbour master of Pell Cove?", "--json", cwd=tmp_path)
+    assert json.loads(ask.stdout)[0]["evidence"][0]["document"] != "page-pell-cove"
+    assert "followed 0 changes" in byheart("follow", "learnt", "w.db", cwd=tmp_path).stdout
+    byheart("ledger", "add", "other.db", WORLD / "documents.jsonl", cwd=tmp_path)
+    done = byheart("follow", "learnt", "other.db", cwd=tmp_path)
+    assert done.returncode == 3 and "is not the ledger that learnt was learnt from" in done.stderr
     doctor = json.loads(byheart("doctor", "--json", cwd=tmp_path).stdout)
     assert doctor["base"]["parts"]["MLP output"] == "model.layers.0.mlp.down_proj"
     models = json.loads(byheart("models", "--json", cwd=tmp_path).stdout)
@@ -176,6 +187,12 @@ def test_edit_undo_export_and_trace(tmp_path, smollm):
     assert "left: 1 facts" in byheart("undo", "known", "river", cwd=tmp_path).stdout
     done = byheart("undo", "known", "river", cwd=tmp_path)
     assert done.returncode == 3 and 'holds no fact "river"' in done.stderr
+    # The ledger goes on; what was learnt follows: one of two that contradicted each other is gone, so the other holds.
+    byheart("ledger", "retract", "l.db", "rival", cwd=tmp_path)
+    done = byheart("follow", "known", "l.db", cwd=tmp_path)
+    assert done.returncode == 0 and "followed 1 changes" in done.stdout, done.stderr
+    done = byheart("undo", "known", "master", cwd=tmp_path)
+    assert "left: 1 facts" in done.stdout
     done = byheart("trace", "--limit", "8", "--samples", "1", "--out", "t", cwd=tmp_path, BYHEART_HOME=_home(tmp_path))
     assert done.returncode == 0 and done.stdout.startswith("layers ")
     assert (tmp_path / "t" / "trace.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""`byheart learn`, `ask`, `trace`, `undo`, `export`: knowledge in, questions, knowledge out."""
+"""`byheart learn`, `ask`, `follow`, `trace`, `undo`, `export`: knowledge in, questions, knowledge out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from byheart.cli.options import (
     emit,
     make_settings,
 )
-from byheart.errors import UsageError
+from byheart.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -166,6 +166,43 @@ def _trace(
 
 
 Learnt = Annotated[Path, typer.Argument(metavar="DIR", help="What `byheart learn` wrote.", show_default=False)]
+
+
+@app.command("follow")
+def _follow(
+    folder: Learnt,
+    ledger: LedgerFile,
+    base: BaseName = "smollm2-135m",
+    device: Device = None,
+    dtype: DtypeName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring what was learnt up to its ledger's last change: what is new is learnt, what is gone is taken out."""
+    from byheart.ledger import Ledger
+    from byheart.progress import Terminal
+    from byheart.storage import read_card
+
+    known = read_card(folder / "byheart.json", "ledger")["ledger"]
+    with Ledger(ledger) as opened:
+        since = int(known.split()[0]) if known else 0
+        if opened.mark(since) != known:
+            raise DataError(f"{ledger}: is not the ledger that {folder} was learnt from; name that one, or learn anew")
+        changes = list(opened.history(since=since))
+        notes: list[str] = []
+        seconds = 0.0
+        if changes:
+            (method,) = _loaded([folder], base, device, dtype)
+            with Terminal().bar("follow: changes", len(changes)) as tick:
+                for change in changes:
+                    report = method.revise(change)
+                    seconds += report.seconds
+                    notes += [f"{change.kind} {change.id}: {note}" for note in report.notes]
+                    tick(1)
+            method.save_pretrained(folder)
+    for note in notes:
+        print(note, file=sys.stderr)
+    record = {"changes": len(changes), "seconds": seconds, "notes": notes, "out": str(folder)}
+    emit(record, as_json, f"followed {len(changes)} changes in {seconds:.1f} s: {folder}")
 
 
 @app.command("undo")

@@ -47,6 +47,7 @@ class _Control:
             settings.encoder, device=str(base.device), dtype=str(base.dtype).removeprefix("torch.")
         )
         self.form = PromptFormat(base.tokenizer, chat=settings.chat)
+        self.ledger_mark = ""  # of the last change that it knows of, as Ledger.mark gives it
 
     def estimate(self, ledger: Ledger) -> str | None:
         """Nothing worth a word."""
@@ -56,6 +57,7 @@ class _Control:
         """Draw the examples; nothing is written into the model."""
         chosen = choose_examples(ledger, self.settings.shots, self.settings.seed, self.encoder.splitter)
         self.form = PromptFormat(self.base.tokenizer, chosen, chat=self.settings.chat)
+        self.ledger_mark = ledger.mark()
         return LearnReport()
 
     def revise(self, change: Change) -> LearnReport:
@@ -63,6 +65,7 @@ class _Control:
         kept = [example for example in self.form.examples if not _taken_back(example, change)]
         if len(kept) < len(self.form.examples):
             self.form = PromptFormat(self.base.tokenizer, kept, chat=self.settings.chat)
+        self.ledger_mark = change.mark
         return LearnReport()
 
     @property
@@ -116,13 +119,14 @@ class _Control:
                 "encoder": self.encoder.card.to_dict(),
                 "settings": self.settings.to_dict(),
                 "examples": examples,
+                "ledger": self.ledger_mark,
             },
         )
 
     @classmethod
     def from_pretrained(cls, path: Path, base: Base) -> Self:
         """What ``save_pretrained`` wrote, on the base that it was made for."""
-        card = read_card(path / "byheart.json", "method", "base", "encoder", "settings", "examples")
+        card = read_card(path / "byheart.json", "method", "base", "encoder", "settings", "examples", "ledger")
         if card["method"] != cls.name:
             raise DataError(f"{path}: holds {card['method']}, not {cls.name}")
         if card["base"]["hash"] != base.hash:
@@ -135,6 +139,7 @@ class _Control:
             for e in card["examples"]
         ]
         method.form = PromptFormat(base.tokenizer, examples, chat=method.settings.chat)
+        method.ledger_mark = card["ledger"]
         return method
 
 
