@@ -5,7 +5,7 @@ from byheart.base import make_base
 from byheart.decode import Job, complete, first_line, option_ids
 from byheart.errors import DataError
 from byheart.surgery import observed
-from conftest import FAMILIES
+from conftest import FAMILIES, tiny_model
 
 CAUSAL = [family for family in FAMILIES if family != "t5"]
 SHARED = "Ostrand Quay is the largest port on the Tessary Coast.\n\n"
@@ -74,10 +74,9 @@ def test_option_likelihoods_are_those_of_the_whole_text(family, tiny):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_options_are_told_apart_in_half_precision(family, tiny):
+def test_options_are_told_apart_in_half_precision(family, tokenizer):
     """Tokens whose logits bf16 would round to one value are as likely as float32 says."""
-    base, given = tiny(family), []
-    base.model.to(torch.bfloat16)
+    base, given = make_base(family, tiny_model(family, len(tokenizer), torch.bfloat16), tokenizer), []
     words = ("harbour", "master", "coast", "light", "port", "steps", "beech", "north")
     prompt = list(base.tokenizer(PROMPTS[0])["input_ids"])
     first = {word: option_ids(base.tokenizer, PROMPTS[0], prompt, f" {word}") for word in words}
