@@ -17,7 +17,7 @@ from byheart.ledger import Ledger
 from byheart.methods import Settings, method_class
 from byheart.methods.edit import guard
 from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, trace
-from byheart.methods.edit.covariance import token_count
+from byheart.methods.edit.covariance import token_counts
 from byheart.methods.edit.export import export_merged, export_peft
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.method import Edit
@@ -388,13 +388,14 @@ def test_collisions_are_told_before_anything_is_written(base, tmp_path):
 def test_a_short_text_is_filled_up_to_ten_times_the_width_and_no_further(base, monkeypatch):
     width, written = base.parts.d_ff, []
     monkeypatch.setattr(ordinary, "_written", lambda base, count, seed: written.append(count) or [])
+    most, least = token_counts(base, 0)
     for words in (5, 30 * width, 900 * width):
-        texts = ["stone " * words]
-        count = token_count(base, 0, texts)
-        assert count == min(max(len(base.tokenizer(texts[0])["input_ids"]), 10 * width), 200 * width)
-        list(ordinary.text_rows(base, texts, count, 0))
-    assert len(written) == 1
-    assert token_count(base, 3, None) == 3 * width and token_count(base, 0, None) == 10 * width
+        texts, written[:] = ["stone " * words], []
+        taken = sum(map(len, ordinary.text_rows(base, texts, most, 0, least)))
+        there = len(base.tokenizer(texts[0])["input_ids"])
+        assert taken - min(there, 200 * width) in range(ordinary.ROW)  # whole rows
+        assert written == ([-(-(10 * width - there) // ordinary.ROW)] if there < 10 * width else [])
+    assert token_counts(base, 3) == (3 * width, 3 * width) and least == 10 * width
 
 
 def test_the_gate_takes_back_what_drifts_too_far(base, tmp_path):

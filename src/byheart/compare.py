@@ -103,15 +103,13 @@ def compare(
             report = method.learn(ledger, tick)
         mark = fingerprint(
             name, base.hash, str(base.dtype), base.device.type, shared, encoder_record(method),
-            ledger.mark(), __version__, list(getattr(method, "layers", [])), options_of(method), _digest(method),
+            ledger.mark(), __version__, made_with(method), getattr(method, "digest", ""),
         )  # fmt: skip
         with show.bar(f"{name}: questions", len(questions)) as tick:
             answers[name] = answer_all(method, questions, out / "answers" / f"{name}.jsonl", mark, on_done=tick)
         rows[name] = scored(questions, answers[name], judges)
         run["methods"][name] = summarise(questions, answers[name], rows[name], report, settings.seed)
-        run["methods"][name]["options"] = options_of(method)
-        if layers := list(getattr(method, "layers", [])):
-            run["methods"][name]["layers"] = layers
+        run["methods"][name] |= made_with(method)
         if "train" in splits and getattr(method, "knows_questions", False):
             run["methods"][name]["notes"] += [
                 "learnt from training questions, and was asked them: its figures say what it kept, not what it can do"
@@ -123,15 +121,11 @@ def compare(
     return run
 
 
-def _digest(method: Method) -> str:
-    """What a method's answers depend on besides its options and the ledger, where it is trained."""
-    return str(getattr(method, "digest", ""))
-
-
-def options_of(method: Method) -> dict[str, Any]:
-    """A method's options with the defaults of this version, which settings do not hold."""
+def made_with(method: Method) -> dict[str, Any]:
+    """A method's options with the defaults of this version, which settings do not hold, and the layers it chose."""
     options: Any = getattr(method, "options", None)
-    return asdict(options) if is_dataclass(options) and not isinstance(options, type) else {}
+    known = is_dataclass(options) and not isinstance(options, type)
+    return {"options": asdict(options) if known else {}, "layers": list(getattr(method, "layers", []))}
 
 
 def _made(

@@ -61,6 +61,11 @@ class Change:
         """What :meth:`Ledger.mark` says of this event."""
         return f"{self.revision} {self.time} {self.kind} {self.id}"
 
+    @property
+    def stand(self) -> list[Any]:
+        """What :attr:`Ledger.stand` is right after this event."""
+        return [self.revision, self.mark]
+
 
 class Ledger:
     """Documents, facts and questions in one SQLite file.
@@ -212,6 +217,16 @@ class Ledger:
         number = self.revision if revision is None else revision
         found = self._db.execute("SELECT time, kind, id FROM events WHERE revision = ?", (number,)).fetchone()
         return "" if found is None else f"{number} {' '.join(found)}"
+
+    @property
+    def stand(self) -> list[Any]:
+        """Where this ledger is now, for whatever follows it to keep: the last event's number and mark."""
+        return [self.revision, self.mark()]
+
+    def passed(self, stand: Any) -> bool:
+        """Whether this history has been where ``stand`` says; another's, or what is no stand at all, has not."""
+        known = isinstance(stand, list) and len(stand) == 2 and isinstance(stand[0], int)
+        return known and self.mark(stand[0]) == stand[1]
 
     def count(self, kind: Kind) -> int:
         """How many rows of ``kind`` hold now."""

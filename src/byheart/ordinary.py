@@ -69,26 +69,23 @@ def text_source(texts: Sequence[str] | None) -> str:
     return hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:16] if texts else OWN
 
 
-def text_rows(base: Base, texts: Sequence[str] | None, tokens: int, seed: int) -> Iterator[list[int]]:
-    """Rows of up to :data:`ROW` tokens, together at least ``tokens``: from ``texts``, then written by the model."""
-    left = tokens
+def text_rows(
+    base: Base, texts: Sequence[str] | None, tokens: int, seed: int, least: int | None = None
+) -> Iterator[list[int]]:
+    """Rows of up to :data:`ROW` tokens, together about ``tokens``: from ``texts``, then written by the model.
+
+    Args:
+        least: how many the model fills up to where texts are short; by default ``tokens``, too.
+    """
+    taken = 0
     for row in _cut(base, texts or ()):
-        if left <= 0:
+        if taken >= tokens:
             return
         yield row
-        left -= len(row)
+        taken += len(row)
+    left = (tokens if least is None else least) - taken
     if left > 0:
         yield from _written(base, -(-left // ROW), seed)
-
-
-def tokens_of(base: Base, texts: Sequence[str] | None, limit: int) -> int:
-    """How many tokens texts have, counted up to ``limit``."""
-    count = 0
-    for row in _cut(base, texts or ()):
-        count += len(row)
-        if count >= limit:
-            return limit
-    return count
 
 
 def _written(base: Base, count: int, seed: int) -> list[list[int]]:

@@ -170,14 +170,14 @@ def index_ledger(
         DataError: where the folder holds the index of another ledger, encoder or segmentation.
     """
     index = Index(path, encoder.card, preset, create=True)
-    # Where the index, or its unfinished build, stands in the ledger's history; another history has another event there.
+    # Where the index, or its unfinished build, stands in the ledger's history.
     stand = index.state("stand")
-    if stand is not None and ledger.mark(stand[0]) != stand[1]:
+    if stand is not None and not ledger.passed(stand):
         raise DataError(f"{path}: was not made from this ledger's history; delete the folder or name another")
     if not index.state("complete", False):
         # What changes in the ledger during the build is caught up with below, from the revision it began at.
         if stand is None:
-            stand = [ledger.revision, ledger.mark()]
+            stand = ledger.stand
             index.change(state={"stand": stand})
         done = index.state("documents_done", 0)
         on_done(done)
@@ -187,7 +187,7 @@ def index_ledger(
             _put(index, encoder, preset, step, [], {"last_document": step[-1].id, "documents_done": done})
             on_done(len(step))
         index.change(state={"complete": True})
-    now = [ledger.revision, ledger.mark()]
+    now = ledger.stand
     changed = sorted({c.id for c in ledger.history(since=index.state("stand")[0]) if c.kind == "document"})
     for start in range(0, len(changed), _DOCUMENTS_A_STEP):
         ids = changed[start : start + _DOCUMENTS_A_STEP]
@@ -202,7 +202,7 @@ def follow(index: Index, encoder: Encoder, preset: str, change: Change) -> float
     began = time.perf_counter()
     if change.kind == "document":
         documents = [change.after] if isinstance(change.after, Document) else []
-        _put(index, encoder, preset, documents, [change.id], {"stand": [change.revision, change.mark]})
+        _put(index, encoder, preset, documents, [change.id], {"stand": change.stand})
     return time.perf_counter() - began
 
 

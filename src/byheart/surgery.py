@@ -117,9 +117,9 @@ def exact(module: nn.Module) -> Iterator[None]:
     def wide(given: Tensor, output: Tensor) -> Tensor:
         if output.dtype.itemsize >= _FLOAT.itemsize:
             return output
-        parts = [given.to(_FLOAT) @ some.to(_FLOAT).T for some in torch.split(matrix(module), _OUTPUTS)]
-        bias = getattr(module, "bias", None)
-        return torch.cat(parts, -1) if bias is None else torch.cat(parts, -1) + bias.to(_FLOAT)
+        given, bias = given.to(_FLOAT), getattr(module, "bias", None)
+        found = torch.cat([given @ some.to(_FLOAT).T for some in torch.split(matrix(module), _OUTPUTS)], -1)
+        return found if bias is None else found + bias.to(_FLOAT)
 
     with _hooked(module, wide):
         yield

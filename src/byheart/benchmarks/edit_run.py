@@ -15,7 +15,7 @@ import numpy as np
 
 from byheart.base import Base
 from byheart.benchmarks.editing import Case, Probe
-from byheart.compare import means, options_of, run_record
+from byheart.compare import made_with, means, run_record
 from byheart.decode import Job, Sampling, complete
 from byheart.ledger import Ledger
 from byheart.methods import LearnReport, Method, Settings, method_class
@@ -92,7 +92,7 @@ def run_editing(
         _drift(run["methods"], name)
         if method is not None:
             run["methods"][name]["skipped_facts"] = getattr(method, "skipped", {})
-            run["methods"][name] |= {"options": options_of(method), "layers": list(getattr(method, "layers", []))}
+            run["methods"][name] |= made_with(method)
             _extras(
                 run["methods"][name],
                 name,

@@ -182,12 +182,11 @@ def _follow(
     from byheart.progress import Terminal
     from byheart.storage import read_card
 
-    known = read_card(folder / "byheart.json", "ledger")["ledger"]
+    stand = read_card(folder / "byheart.json", "ledger")["ledger"]
     with Ledger(ledger) as opened:
-        since = int(known.split()[0]) if known else 0
-        if opened.mark(since) != known:
+        if not opened.passed(stand):
             raise DataError(f"{ledger}: is not the ledger that {folder} was learnt from; name that one, or learn anew")
-        changes = list(opened.history(since=since))
+        changes = list(opened.history(since=stand[0]))
         notes: list[str] = []
         seconds = 0.0
         if changes:

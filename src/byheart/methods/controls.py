@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from byheart import __version__
 from byheart.base import Base
@@ -47,7 +47,7 @@ class _Control:
             settings.encoder, device=str(base.device), dtype=str(base.dtype).removeprefix("torch.")
         )
         self.form = PromptFormat(base.tokenizer, chat=settings.chat)
-        self.ledger_mark = ""  # of the last change that it knows of, as Ledger.mark gives it
+        self.stand: list[Any] = [0, ""]  # in its ledger's history, as Ledger.stand gives it
 
     def estimate(self, ledger: Ledger) -> str | None:
         """Nothing worth a word."""
@@ -57,7 +57,7 @@ class _Control:
         """Draw the examples; nothing is written into the model."""
         chosen = choose_examples(ledger, self.settings.shots, self.settings.seed, self.encoder.splitter)
         self.form = PromptFormat(self.base.tokenizer, chosen, chat=self.settings.chat)
-        self.ledger_mark = ledger.mark()
+        self.stand = ledger.stand
         return LearnReport()
 
     def revise(self, change: Change) -> LearnReport:
@@ -65,7 +65,7 @@ class _Control:
         kept = [example for example in self.form.examples if not _taken_back(example, change)]
         if len(kept) < len(self.form.examples):
             self.form = PromptFormat(self.base.tokenizer, kept, chat=self.settings.chat)
-        self.ledger_mark = change.mark
+        self.stand = change.stand
         return LearnReport()
 
     @property
@@ -119,7 +119,7 @@ class _Control:
                 "encoder": self.encoder.card.to_dict(),
                 "settings": self.settings.to_dict(),
                 "examples": examples,
-                "ledger": self.ledger_mark,
+                "ledger": self.stand,
             },
         )
 
@@ -139,7 +139,7 @@ class _Control:
             for e in card["examples"]
         ]
         method.form = PromptFormat(base.tokenizer, examples, chat=method.settings.chat)
-        method.ledger_mark = card["ledger"]
+        method.stand = card["ledger"]
         return method
 
 
@@ -168,10 +168,10 @@ class Context(_Control):
 
     def revise(self, change: Change) -> LearnReport:
         """Replace or remove the changed document's passages in the index."""
-        super().revise(change)
         index = self._retriever.index
         seconds = follow(index, self.encoder, self.settings.segment, change)
         self._retriever = Retriever(index, self.encoder, self.settings.retriever, self._retriever.turn)
+        super().revise(change)
         return LearnReport(seconds=seconds, bytes=index.bytes, documents=int(change.kind == "document"))
 
     def answer(self, questions: Sequence[Question], progress: Progress = _NOTHING) -> list[Answer]:

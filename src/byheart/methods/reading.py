@@ -25,13 +25,13 @@ def read(
     progress: Progress = lambda count: None,
 ) -> list[Answer]:
     """Ask the model each question with its passages (None: closed book), and score its choices or first answer."""
-    jobs, free = (
-        [
-            Job(form.prompt(text or question.question, given, question.choices), options_of(form, question))
-            for question, given in zip(questions, passages, strict=True)
-        ]
-        for text in (None, CONTENT_FREE)
-    )
+
+    def job(question: Question, given: Sequence[Passage] | None, text: str) -> Job:
+        return Job(form.prompt(text, given, question.choices), options_of(form, question))
+
+    pairs = list(zip(questions, passages, strict=True))
+    jobs = [job(question, given, question.question) for question, given in pairs]
+    free = [job(question, given, CONTENT_FREE) if question.choices else None for question, given in pairs]
     return ask(base, questions, passages, jobs, free, max_new_tokens=max_new_tokens, progress=progress)
 
 
@@ -45,7 +45,7 @@ def ask(
     questions: Sequence[Question],
     passages: Sequence[Sequence[Passage] | None],
     jobs: Sequence[Job],
-    free: Sequence[Job],
+    free: Sequence[Job | None],
     *,
     max_new_tokens: int,
     progress: Progress = lambda count: None,
@@ -53,18 +53,16 @@ def ask(
     """The same with the jobs made elsewhere, one a question.
 
     Args:
-        free: the same jobs with :data:`CONTENT_FREE` for a question; only those of questions with choices are asked.
+        free: for questions with choices, the same jobs with :data:`CONTENT_FREE` for a question.
     """
     completions = complete(base, jobs, max_new_tokens=max_new_tokens, on_done=progress)
-    marks = [
-        (job.prompt, job.options, tuple(map(id, job.past))) if question.choices else None
-        for question, job in zip(questions, free, strict=True)
-    ]
-    different = {mark: job for mark, job in zip(marks, free, strict=True) if mark is not None}
+    # Closed book it is one job for all questions with the same choices.
+    marks = [None if job is None else (job.prompt, job.options, tuple(map(id, job.past))) for job in free]
+    different = {mark: job for mark, job in zip(marks, free, strict=True) if job is not None}
     done = complete(base, list(different.values()), max_new_tokens=0)
     without = {mark: one.options for mark, one in zip(different, done, strict=True)}
     return [
-        _answer(question, given, completion, () if mark is None else without[mark])
+        _answer(question, given, completion, without.get(mark, ()))
         for question, given, completion, mark in zip(questions, passages, completions, marks, strict=True)
     ]
 

@@ -21,7 +21,7 @@ from byheart.blocks import Stretch
 from byheart.decode import batches
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
-from byheart.methods.edit.covariance import second_moments, token_count
+from byheart.methods.edit.covariance import second_moments, token_counts
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.targets import TargetOptions, find_targets
@@ -53,11 +53,12 @@ class Baseline(ChangedWeights):
 
     def revise(self, change: Change) -> LearnReport:
         """Learn all facts again, with the change."""
+        report = LearnReport()
+        if change.kind == "fact":
+            kept = [fact for fact in self.facts if fact.id != change.id]
+            report = self._learn([*kept, change.after] if isinstance(change.after, Fact) else kept, _NOTHING)
         super().revise(change)
-        if change.kind != "fact":
-            return LearnReport()
-        kept = [fact for fact in self.facts if fact.id != change.id]
-        return self._learn([*kept, change.after] if isinstance(change.after, Fact) else kept, _NOTHING)
+        return report
 
     def _learn(self, facts: Sequence[Fact], progress: Progress) -> LearnReport:
         began = time.perf_counter()
@@ -218,7 +219,7 @@ class Rome(Baseline):
 
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
         texts = ordinary_text(self.options.text, self.name, self.documents)
-        tokens = token_count(self.base, self.options.tokens, texts)
+        tokens = token_counts(self.base, self.options.tokens)
         moments = second_moments(self.base, [self.layer], texts, tokens, self.settings.seed)
         writer = Writer(self.base, moments, WriteOptions(constraint="equality"))
         deltas: Deltas = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.errors import DataError
-from byheart.ordinary import OWN, text_rows, text_source, tokens_of
+from byheart.ordinary import OWN, text_rows, text_source
 from byheart.padding import right_padded
 from byheart.storage import home, replacing
 from byheart.surgery import observed, stopped_at
@@ -27,17 +27,18 @@ def second_moments(
     base: Base,
     layers: Sequence[int],
     texts: Sequence[str] | None,
-    tokens: int,
+    tokens: tuple[int, int],
     seed: int = 0,
     *,
     source: str | None = None,
 ) -> dict[int, Tensor]:
-    """C (d_ff, d_ff) in fp64 of each layer's MLP output projection's input, over at least ``tokens`` tokens of text.
+    """C (d_ff, d_ff) in fp64 of each layer's MLP output projection's input, over ordinary text.
 
     Computed once a model, text and number, and kept in byheart's cache folder.
 
     Args:
-        texts: ordinary text; None lets the model write it. What is short of ``tokens`` is written by the model, too.
+        texts: ordinary text; None lets the model write it.
+        tokens: how many to take at most, and at least: what is short of that is written by the model, too.
         source: what :func:`text_source` gave for the texts, where they are no longer at hand themselves.
 
     Raises:
@@ -45,7 +46,8 @@ def second_moments(
     """
     source = source or text_source(texts)
     folder = home() / "covariance" / base.hash
-    name = f"{source}-{tokens}-{seed}-{str(base.dtype).removeprefix('torch.')}"
+    most, least = tokens
+    name = f"{source}-{least}-{most}-{seed}-{str(base.dtype).removeprefix('torch.')}"
     found = {layer: _read(folder / f"{name}-{layer}.safetensors") for layer in layers}
     missing = [layer for layer, moment in found.items() if moment is None]
     if missing:
@@ -53,7 +55,7 @@ def second_moments(
             raise DataError(
                 "edit: the second moment of this edit's text is no longer kept; learn from the ledger again"
             )
-        rows = list(text_rows(base, texts, tokens, seed))
+        rows = list(text_rows(base, texts, most, seed, least))
         for layer, moment in moments_of(base, missing, rows).items():
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / f"{name}-{layer}.safetensors") as path:
@@ -62,14 +64,13 @@ def second_moments(
     return {layer: moment.double() for layer, moment in found.items() if moment is not None}
 
 
-def token_count(base: Base, option: int, texts: Sequence[str] | None) -> int:
-    """How many tokens to take: ``option`` times d_ff; where it is 0, up to 200 times, of what the texts have.
+def token_counts(base: Base, option: int) -> tuple[int, int]:
+    """How many tokens to take at most and at least: ``option`` times d_ff, or, where it is 0, up to 200 and 10 times.
 
     The more tokens, the less an edit disturbs text (300 facts: neighbours' margins by 6 % from 40 to 120 times); but
-    what is short of 10 times the model must write, and that takes minutes.
+    what is short of the least the model must write, and that takes minutes.
     """
-    width = base.parts.d_ff
-    return option * width if option else max(_LEAST * width, tokens_of(base, texts, _MOST * width))
+    return (option or _MOST) * base.parts.d_ff, (option or _LEAST) * base.parts.d_ff
 
 
 def _read(path: Path) -> Tensor | None:

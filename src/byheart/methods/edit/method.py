@@ -23,7 +23,7 @@ from byheart.errors import DataError, UsageError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.edit import guard
-from byheart.methods.edit.covariance import second_moments, token_count
+from byheart.methods.edit.covariance import second_moments, token_counts
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare, prompt_text, target_text
 from byheart.methods.edit.targets import TargetOptions, find_targets
@@ -100,7 +100,7 @@ class Edit(ChangedWeights):
         self.keys: dict[int, Tensor] = {}
         self.prefixes: tuple[str, ...] = ()
         self.skipped: dict[str, str] = {}
-        self._source, self._tokens = "", 0  # of the second moment's text, and how much of it
+        self._source = ""  # of the second moment's text
         self._texts: Sequence[str] | None = None
         self._writer: Writer | None = None
         self._earlier: dict[str, float] = {}  # by file of targets, the seconds that earlier runs took for it
@@ -124,8 +124,7 @@ class Edit(ChangedWeights):
         documents = [document.text for document in ledger.documents()] if self.options.text == "ledger" else None
         self._texts = ordinary_text(self.options.text, self.name, documents)
         self._source = text_source(self._texts)
-        self._tokens = token_count(self.base, self.options.tokens, self._texts)
-        self.prefixes = make_prefixes(self.base, self.options.prefixes, self.settings.seed)
+        self.prefixes = self.prefixes or make_prefixes(self.base, self.options.prefixes, self.settings.seed)
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
         """Write all facts of the ledger that hold."""
@@ -146,13 +145,13 @@ class Edit(ChangedWeights):
 
         In later rounds also for old ones that no longer hold beside it.
         """
-        began = time.perf_counter()
+        began, report = time.perf_counter(), LearnReport()
+        if change.kind == "fact":
+            kept = [fact for fact in self.holding if fact.id != change.id]
+            notes = self._follow([*kept, change.after] if isinstance(change.after, Fact) else kept)
+            report = self._report(time.perf_counter() - began, notes)
         super().revise(change)
-        if change.kind != "fact":
-            return LearnReport()
-        kept = [fact for fact in self.holding if fact.id != change.id]
-        notes = self._follow([*kept, change.after] if isinstance(change.after, Fact) else kept)
-        return self._report(time.perf_counter() - began, notes)
+        return report
 
     def undo(self, ids: Sequence[str]) -> LearnReport:
         """Take facts out again.
@@ -337,8 +336,9 @@ class Edit(ChangedWeights):
     def _ready(self) -> Writer:
         """The writer, with the base's second moments; made once."""
         if self._writer is None:
+            tokens = token_counts(self.base, self.options.tokens)
             moments = second_moments(
-                self.base, self.layers, self._texts, self._tokens, self.settings.seed, source=self._source
+                self.base, self.layers, self._texts, tokens, self.settings.seed, source=self._source
             )
             self._writer = Writer(self.base, moments, self.options)
         return self._writer
@@ -369,7 +369,6 @@ class Edit(ChangedWeights):
             "range": list(self.layers),
             "prefixes": list(self.prefixes),
             "source": self._source,
-            "tokens": self._tokens,
             "facts": [fact.id for fact in self.facts],
             "holding": [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.holding],
             "skipped": self.skipped,
@@ -380,7 +379,7 @@ class Edit(ChangedWeights):
         self.options = EditOptions(**({"rounds": 1} | record["options"]))
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])
-        self._source, self._tokens = record["source"], int(record["tokens"])
+        self._source = record["source"]
         self.holding = [Fact.model_validate(fact) for fact in record["holding"]]
         by_id = {fact.id: fact for fact in self.holding}
         self.facts = [by_id[id] for id in record["facts"]]

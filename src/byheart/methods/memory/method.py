@@ -146,14 +146,19 @@ class Memory(Closed):
         return self._report(trained.seconds, documents, notes)
 
     def revise(self, change: Change) -> LearnReport:
-        """Go on from what is learnt: the changed row is learnt, what it replaces is trained away.
+        """Go on from what is learnt (:meth:`_revised`), then in the ledger's history: all of it or nothing."""
+        report = self._revised(change)
+        super().revise(change)
+        return report
+
+    def _revised(self, change: Change) -> LearnReport:
+        """The changed row is learnt, what it replaces is trained away.
 
         Away means towards what the base model itself would say there; where the new row answers the very same words
         otherwise, learning that is enough. Of a page, it is the text that its new version lacks. As many other rows are
-        seen beside them. All of it or nothing.
+        seen beside them.
         """
         began = time.perf_counter()
-        super().revise(change)
         facts, measured = self._after(change)
         now, owners = self._pieces_now(change, facts, measured)
         old = [piece for piece in self.pieces if piece.owner in owners]

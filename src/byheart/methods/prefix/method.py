@@ -57,7 +57,7 @@ class Prefix(Learnt):
             return None
         columns = None if self.options.encoder == "cache" else self.options.columns
         passages = segment(ledger.documents(), self.encoder.splitter, self.settings.segment)
-        count, each = self.whole.size(passages, columns)
+        count, each = self.cache.size(passages, columns)
         return f"prefix: {count:,} passages of about {each / 1e6:.2f} MB, {each * count / 1e9:.2f} GB on disk"
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
@@ -138,7 +138,7 @@ class Prefix(Learnt):
         share = (time.perf_counter() - began) / max(len(jobs), 1)
         new = self.settings.max_new_tokens
         free = [
-            replace(job, prompt=self.form.pieces(CONTENT_FREE, (), question.choices)[2])
+            replace(job, prompt=self.form.pieces(CONTENT_FREE, (), question.choices)[2]) if question.choices else None
             for job, question in zip(jobs, questions, strict=True)
         ]
         found = ask(self.base, questions, passages, jobs, free, max_new_tokens=new, progress=progress)
