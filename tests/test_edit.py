@@ -14,6 +14,7 @@ from byheart.base import make_base
 from byheart.decode import Completion, Job, complete
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
+from byheart.losses import drift
 from byheart.methods import Settings, method_class
 from byheart.methods.edit import guard
 from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, trace
@@ -21,9 +22,10 @@ from byheart.methods.edit.covariance import token_counts
 from byheart.methods.edit.export import export_merged, export_peft
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.method import Edit
-from byheart.methods.edit.prompts import find_lookup, prepare, tokenize
+from byheart.methods.edit.prompts import find_lookup, prepare, prompt_text, target_text, tokenize
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.write import Reader
+from byheart.padding import right_padded
 from byheart.rows import Fact, Neighbour
 from byheart.storage import read_json, write_json
 from byheart.surgery import matrix
@@ -43,7 +45,7 @@ TINY = {
     "edit.prefixes": "2",
     "edit.layers": "0-1",
     "edit.weight": "0.01",
-    "edit.rounds": "1",
+    "edit.settle": "0",
 }
 
 
@@ -108,23 +110,39 @@ def test_an_undone_fact_was_never_there(merge, base, tmp_path):
         method.undo(["quay"])
 
 
-def test_a_second_round_seeks_targets_in_the_model_with_all_edits(base, tmp_path):
-    once, twice = learnt(base, tmp_path), learnt(base, tmp_path, rounds=2)
-    prepared, _ = prepare(base.tokenizer, FACTS, once.prefixes)
-    with once.attached():
-        again = find_targets(base, prepared, once.layers[-1], once.options).z
-    assert torch.allclose(twice.z, again, atol=1e-4) and not torch.allclose(twice.z, once.z, atol=1e-2)
+def likelihood(method):
+    """log p of the facts' objects, a mean over facts and tokens, in the edited model."""
+    jobs = [Job(prompt_text(fact), (target_text(fact),)) for fact in method.facts]
+    with method.attached():
+        return sum(done.options[0] for done in complete(method.base, jobs, max_new_tokens=0)) / len(jobs)
+
+
+def drifted(method):
+    """KL(base || edited) on the ordinary text that the edit kept."""
+    ids, mask, _ = right_padded(method.text[:16], method.base.device)
+    logits = [method.base.model(input_ids=ids, attention_mask=mask).logits[mask.bool()]]
+    with method.attached():
+        logits.append(method.base.model(input_ids=ids, attention_mask=mask).logits[mask.bool()])
+    return float(drift(logits[1], logits[0]))
+
+
+def test_settled_facts_are_said_beside_all_others(base, tmp_path):
+    plain, settled = learnt(base, tmp_path), learnt(base, tmp_path, settle=3, settle_lr=0.5, settle_kl=0.01)
+    assert likelihood(settled) > likelihood(plain) + 0.1
+    assert torch.equal(settled.z, plain.z)
+    kept = learnt(base, tmp_path, settle=3, settle_lr=0.5, settle_kl=100.0)
+    assert drifted(kept) < drifted(settled)
     # Undoing seeks nothing anew, and leaves no weight behind.
-    z = twice.z.clone()
-    twice.undo(["cove"])
-    assert torch.equal(twice.z, z[[0, 2, 3]])
-    twice.undo([fact.id for fact in FACTS if fact.id != "cove"])
-    assert same(weights_with(twice), weights(base)) and not twice.deltas
+    asked = settled.asked.clone()
+    settled.undo(["cove"])
+    assert torch.equal(settled.asked, asked[[0, 2, 3]])
+    settled.undo([fact.id for fact in FACTS if fact.id != "cove"])
+    assert same(weights_with(settled), weights(base)) and not settled.deltas
 
 
-def test_an_old_fact_that_a_new_one_pushes_off_is_sought_again(base, tmp_path, monkeypatch):
-    method = learnt(base, tmp_path, FACTS[:2], rounds=2)
-    z = method.z.clone()
+def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, monkeypatch):
+    method = learnt(base, tmp_path, FACTS[:2], settle=2)
+    asked = method.asked.clone()
     for new, hits, kept in ((FACTS[2], 1.0, True), (FACTS[3], 0.5, False)):
         monkeypatch.setattr(
             "byheart.methods.edit.method.complete",
@@ -133,7 +151,26 @@ def test_an_old_fact_that_a_new_one_pushes_off_is_sought_again(base, tmp_path, m
         with ledger_of(tmp_path, [new]) as ledger:
             (change,) = ledger.history(new.id)
         method.revise(change)
-        assert torch.equal(method.z[:2], z) == kept
+        assert torch.equal(method.asked[:2], asked) == kept
+
+
+def test_settling_goes_on_where_it_was_killed(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("byheart.training._SAVE_EVERY", 0.0)
+    whole = learnt(base, tmp_path, settle=4)
+    killed = Edit(base, whole.settings, tmp_path / "killed")
+    told = []
+
+    def tick(count):
+        told.append(count)
+        if sum(told) == 2:  # of four facts: half of all there is to do, targets and epochs
+            raise KeyboardInterrupt
+
+    with ledger_of(tmp_path, FACTS) as ledger:
+        with pytest.raises(KeyboardInterrupt):
+            killed.learn(ledger, tick)
+        assert list((tmp_path / "killed").rglob("settling-*"))
+        killed.learn(ledger)
+    assert torch.allclose(killed.asked, whole.asked, atol=1e-5)
 
 
 def test_the_order_in_which_facts_come_leaves_no_trace(base, tmp_path):
@@ -433,7 +470,7 @@ def test_options_are_checked(base, tmp_path):
         ("edit.spread=odd", "even, sqrt, ends"),
         ("edit.magic=1", "no such option"),
         ("edit.merge=perhaps", "true or false"),
-        ("edit.rounds=0", "at least 1"),
+        ("edit.settle=-1", "at least 0"),
     ]:
         key, _, value = option.partition("=")
         with pytest.raises(UsageError, match=says):

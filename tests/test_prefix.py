@@ -401,7 +401,7 @@ def attended(base, past, row, lead, start):
                 input_ids=torch.tensor([row]),
                 attention_mask=torch.ones(1, past.columns + len(row), dtype=torch.long),
                 position_ids=torch.arange(start, start + len(row))[None],
-                past_key_values=kv.begun(base, past),
+                **base.behind(kv.begun(base, past)),
             )
     finally:
         base.model.set_attn_implementation("sdpa")
@@ -457,7 +457,7 @@ def test_a_compressed_passage_is_nearer_to_the_whole_one_than_none(tiny, small, 
                 input_ids=torch.tensor([ids]),
                 attention_mask=torch.ones(1, len(ids) + kv.length(past), dtype=torch.long),
                 position_ids=torch.arange(block.end, block.end + len(ids))[None],
-                past_key_values=kv.begun(base, there),
+                **base.behind(kv.begun(base, there)),
             ).logits.log_softmax(-1)
 
     head = [] if few.cache.head is None else [few.cache.head]

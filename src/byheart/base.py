@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -64,6 +65,16 @@ class Base:
     def wide(self) -> torch.dtype:
         """The type to compute in where the weights' own is too coarse: fp32, or fp64 for a model in fp64."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def behind(self, cache: Any) -> dict[str, Any]:
+        """The arguments of a forward that reads behind ``cache`` and adds to it; of a plain one, where it is None."""
+        return {self._cache_argument: cache, "use_cache": cache is not None}
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        # transformers renamed it in 5.24, and drops the old name in 5.40; models with code of their own keep that.
+        new = "cache" in inspect.signature(self.model.forward).parameters
+        return "cache" if new else "past_key_values"
 
     @cached_property
     def line_ends(self) -> frozenset[int]:

@@ -61,8 +61,7 @@ def read_context(
             input_ids=ids,
             attention_mask=mask,
             position_ids=places,
-            past_key_values=cache,
-            use_cache=True,
+            **base.behind(cache),
             logits_to_keep=torch.tensor([ids.shape[1] - 1], device=ids.device),
         )
     return Cache(layers=[Frozen(layer.keys, layer.values) for layer in cache.layers[:end]])
@@ -133,15 +132,15 @@ class Stretch:
 
     def __init__(
         self, base: Base, ids: Tensor, mask: Tensor, places: Tensor, first: int, last: int, cache: Cache | None = None,
-        hidden: Tensor | None = None, tuples: bool = False,
+        hidden: Tensor | None = None, tuples: bool | None = None,
     ) -> None:  # fmt: skip
         """Read ``ids`` (rows, n).
 
         Args:
             mask: covers the columns of ``cache`` too.
             places: position ids.
-            hidden: what block ``first`` is given, where it is known: no block is computed then.
-            tuples: with ``hidden``, what :func:`returns_tuples` says of the base.
+            hidden: what block ``first`` is given, where it is known: no block is computed then. Else those below are.
+            tuples: what :func:`returns_tuples` says of the base, where that is known.
         """
         self.parts, self.first, self.last = base.parts, first, last
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -159,7 +158,9 @@ class Stretch:
             return keep
 
         blocks = base.parts.blocks
-        known = nullcontext() if hidden is None else idle((b.module for b in blocks), tuples)
+        # How a block is called does not depend on what the others compute.
+        unused = blocks if hidden is not None else blocks[first:]
+        known = idle((b.module for b in unused), returns_tuples(base) if tuples is None else tuples)
         try:
             for number in range(first, last + 1):
                 handles.append(blocks[number].module.register_forward_pre_hook(keeper(number), with_kwargs=True))
@@ -168,8 +169,7 @@ class Stretch:
                     input_ids=ids,
                     attention_mask=mask,
                     position_ids=places,
-                    past_key_values=cache,
-                    use_cache=cache is not None,
+                    **base.behind(cache),
                 )
         finally:
             for handle in handles:

@@ -439,8 +439,7 @@ class _Causal(_Work):
             input_ids=ids,
             attention_mask=mask,
             position_ids=places,
-            past_key_values=cache,
-            use_cache=True,
+            **self.base.behind(cache),
             logits_to_keep=kept,
         ).logits
         return out

@@ -92,8 +92,7 @@ def read(base: Base, rows: Sequence[Sequence[int]], head: KV | None = None, star
             input_ids=ids,
             attention_mask=torch.cat([mask.new_ones(len(rows), before), mask], 1),
             position_ids=places + start,
-            past_key_values=cache,
-            use_cache=True,
+            **base.behind(cache),
             logits_to_keep=torch.tensor([0], device=ids.device),
         )
     return [
@@ -218,7 +217,7 @@ def check(base: Base) -> Rotation | None:
             input_ids=torch.tensor([two], device=base.device),
             attention_mask=torch.ones(1, len(ids), device=base.device, dtype=torch.long),
             position_ids=torch.arange(len(one), len(ids), device=base.device)[None],
-            past_key_values=begun(base, kept),
+            **base.behind(begun(base, kept)),
         ).logits[0]
     if not _alike(behind, whole):
         worst = float((behind.float() - whole.float()).abs().max())

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +27,12 @@ from byheart.methods.edit import guard
 from byheart.methods.edit.covariance import second_moments, token_counts
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare, prompt_text, target_text
+from byheart.methods.edit.settle import SettleOptions, settle, text_pieces
 from byheart.methods.edit.targets import TargetOptions, find_targets
-from byheart.methods.edit.weights import ChangedWeights, Deltas, changed_by, delta_bytes, stacked
-from byheart.methods.edit.write import Reader, WriteOptions, Writer, Written
+from byheart.methods.edit.weights import ChangedWeights, changed_by, delta_bytes, stacked
+from byheart.methods.edit.write import Reader, WriteOptions, Writer, Written, merger
 from byheart.methods.facts import choose_facts
-from byheart.ordinary import ordinary_text, text_source
+from byheart.ordinary import ordinary_text, text_rows, text_source
 from byheart.progress import scaled
 from byheart.rows import Fact
 from byheart.storage import fingerprint, replacing
@@ -38,23 +40,24 @@ from byheart.storage import fingerprint, replacing
 _REFUSED = "rolled back by the gate"
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
 _STEP = 32
+# Rows of ordinary text that are kept with an edit, so that a later fact can be settled beside it.
+_TEXT = 120
 # What follows from the facts that hold; all of it changes, or nothing does.
-_STATE = ("holding", "facts", "z", "keys", "deltas", "skipped")
+_STATE = ("holding", "facts", "z", "asked", "keys", "deltas", "skipped")
 
 
 @dataclass(frozen=True)
-class EditOptions(WriteOptions, TargetOptions):
-    """What ``--set edit.NAME=VALUE`` takes, with the options of the search for targets and of writing.
+class EditOptions(SettleOptions, WriteOptions, TargetOptions):
+    """What ``--set edit.NAME=VALUE`` takes, with the options of the search for targets, of writing and of settling.
 
     Attributes:
         layers: ``FIRST-LAST``, or ``auto``: what ``byheart trace`` found for this model, else a share of the depth.
+        steps: fewer than a search for single facts takes, since facts settle afterwards.
         prefixes: texts of the model's own that each prompt is also edited behind.
         paraphrases: edit behind the facts' own paraphrases, too, where the ledger has any.
         text: ordinary text for the second moment: ``own`` (the model writes it), ``ledger`` (its documents) or a file.
         tokens: of that text, as a multiple of d_ff; 0: up to 200 of what there is, and at least 10, which the model
             writes where they are not there.
-        rounds: how often targets are sought. From the second time on it is in the model with all edits written, so that
-            a fact's target makes up for what the other edits move around it.
         merge: seek and write one change for all facts about one subject (MEMIT-Merge).
         batch: facts to take at once; 0: all of them.
         sequence: ``joint`` solves all facts, old and new, together whenever some come or go; ``accumulate`` adds each
@@ -65,11 +68,11 @@ class EditOptions(WriteOptions, TargetOptions):
     """
 
     layers: str = "auto"
-    prefixes: int = 5
+    steps: int = 14
+    prefixes: int = 3
     paraphrases: bool = False
     text: str = "own"
     tokens: int = 0
-    rounds: int = 4
     merge: bool = False
     batch: int = 0
     sequence: Literal["joint", "accumulate"] = "joint"
@@ -81,9 +84,9 @@ class EditOptions(WriteOptions, TargetOptions):
 class Edit(ChangedWeights):
     """Facts in the MLPs of a range of layers (MEMIT; Meng et al. 2023).
 
-    What is learnt is a set of facts, each with its target z; the weights follow from the two. Adding, replacing and
-    removing a fact solve anew from stored targets. With one round a target depends on its fact alone, so that undoing a
-    fact gives the weights that never knew it.
+    What is learnt is a set of facts, each with its target z and, once all have settled, with what it adds at every
+    layer; the weights follow from these. Adding, replacing and removing a fact solve anew from what is stored. Without
+    settling all of it depends on the fact alone, so that undoing a fact gives the weights that never knew it.
     """
 
     name = "edit"
@@ -91,12 +94,15 @@ class Edit(ChangedWeights):
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
         self.options = parse_options(EditOptions, self.name, settings.options)
-        if self.options.rounds < 1:
-            raise UsageError(f"--set edit.rounds={self.options.rounds}: must be at least 1")
+        if self.options.settle < 0:
+            raise UsageError(f"--set edit.settle={self.options.settle}: must be at least 0")
         self.layers = choose_layers(base, self.options.layers)
         self.holding: list[Fact] = []  # all facts that hold, those that cannot be written among them
         self.facts: list[Fact] = []
         self.z = torch.zeros(0, base.parts.d_model)
+        # Residuals by fact and layer that settling left, whatever the targets say; NaN where there is none.
+        self.asked = torch.zeros(0, len(self.layers), base.parts.d_model)
+        self.text: list[list[int]] = []
         self.keys: dict[int, Tensor] = {}
         self.prefixes: tuple[str, ...] = ()
         self.skipped: dict[str, str] = {}
@@ -124,6 +130,10 @@ class Edit(ChangedWeights):
         documents = [document.text for document in ledger.documents()] if self.options.text == "ledger" else None
         self._texts = ordinary_text(self.options.text, self.name, documents)
         self._source = text_source(self._texts)
+        if self.options.settle:
+            most, least = token_counts(self.base, self.options.tokens)
+            rows = text_rows(self.base, self._texts, most, self.settings.seed, least)
+            self.text = text_pieces(list(islice(rows, _TEXT)))
         self.prefixes = self.prefixes or make_prefixes(self.base, self.options.prefixes, self.settings.seed)
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
@@ -131,7 +141,8 @@ class Edit(ChangedWeights):
         super().learn(ledger)
         began = time.perf_counter()
         self._begin(ledger)
-        self.holding, self.facts, self.z, self.keys, self.deltas = [], [], self.z[:0], {}, {}
+        self.holding, self.facts, self.keys, self.deltas = [], [], {}, {}
+        self.z, self.asked = self.z[:0], self.asked[:0]
         facts = list(ledger.facts())
         notes: list[str] = []
         size = self.options.batch or max(len(facts), 1)
@@ -143,7 +154,7 @@ class Edit(ChangedWeights):
     def revise(self, change: Change) -> LearnReport:
         """Follow one change of a fact: all are solved for again, with targets sought for what is new.
 
-        In later rounds also for old ones that no longer hold beside it.
+        Old ones that no longer hold beside it are settled with it.
         """
         began, report = time.perf_counter(), LearnReport()
         if change.kind == "fact":
@@ -177,17 +188,20 @@ class Edit(ChangedWeights):
         try:
             chosen, skipped = choose_facts(holding, dt.date.today())
             prepared, more = self._prepare(chosen)
-            known = dict(zip(self._marks(self.facts), self.z, strict=True))
+            known = dict(zip(self._marks(self.facts), zip(self.z, self.asked, strict=True), strict=True))
             marks = self._marks([one.fact for one in prepared])
             new = {mark: one for mark, one in zip(marks, prepared, strict=True) if mark not in known}
-            progress = scaled(progress, self.options.rounds, 1)
+            progress = scaled(progress, 1 + self.options.settle, 1)
             if self.options.sequence == "accumulate" and self.facts and known.keys() <= set(marks):
                 self._accumulate(list(new.values()), progress)
             else:
-                known |= zip(new, self._targets(list(new.values()), progress), strict=True)
-                z = torch.stack([known[mark] for mark in marks]) if marks else self.z[:0]
+                z = self._targets(list(new.values()), progress)
+                known |= zip(new, zip(z, self._unasked(len(z)), strict=True), strict=True)
+                self.z = torch.stack([known[mark][0] for mark in marks]) if marks else self.z[:0]
+                asked = torch.stack([known[mark][1] for mark in marks]) if marks else self.asked[:0]
                 places = {n for n, mark in enumerate(marks) if mark in new}
-                self.z, self.deltas, self.keys = self._settled(prepared, z, places, progress)
+                self.asked, written = self._settled(prepared, self.z, asked, places, progress)
+                self.deltas, self.keys = written.deltas, written.keys
                 self.facts = [one.fact for one in prepared]
             there = {fact.id for fact in holding}
             refused = {id: why for id, why in self.skipped.items() if why == _REFUSED and id not in there}
@@ -203,37 +217,53 @@ class Edit(ChangedWeights):
             return
         self._ready()  # the second moment is that of the base, whatever is attached
         with self.attached():
-            z = self._targets(new, progress, self._standing(self.facts, self.z))
-            z, deltas, keys = self._settled(new, z, set(range(len(new))), progress, self.keys)
+            z = self._targets(new, progress, self._standing(self.facts, self.z, self.asked))
+            asked, written = self._settled(new, z, self._unasked(len(z)), set(range(len(new))), progress, self.keys)
         self.facts = [*self.facts, *(one.fact for one in new)]
-        self.z = torch.cat([self.z, z])
-        self.deltas = stacked(self.deltas, deltas)
-        self.keys = {layer: torch.cat([self.keys[layer], some]) for layer, some in keys.items()}
+        self.z, self.asked = torch.cat([self.z, z]), torch.cat([self.asked, asked])
+        self.deltas = stacked(self.deltas, written.deltas)
+        self.keys = {layer: torch.cat([self.keys[layer], some]) for layer, some in written.keys.items()}
+
+    def _unasked(self, facts: int) -> Tensor:
+        return torch.full((facts, len(self.layers), self.base.parts.d_model), torch.nan)
 
     def _settled(
-        self, prepared: Sequence[Prepared], z: Tensor, new: set[int], progress: Progress,
+        self, prepared: Sequence[Prepared], z: Tensor, asked: Tensor, new: set[int], progress: Progress,
         past: dict[int, Tensor] | None = None,
-    ) -> tuple[Tensor, Deltas, dict[int, Tensor]]:  # fmt: skip
-        """The targets, the weights and the keys after all rounds.
+    ) -> tuple[Tensor, Written]:  # fmt: skip
+        """What each fact is to add at each layer, and what is written by it.
 
-        A target is sought as if nothing but the hidden state at its lookup token changed. Hundreds of edits move other
-        tokens, too (by a sixth of their length at 200 facts in a model of 135M), and that is what breaks most edits
-        that break. So those of new facts, and of others here that do not hold, are sought again with all edits written.
+        New facts are settled beside all others, and with them those of the others that no longer hold.
         """
         if not prepared:
-            return z, {}, {}
-        written = self._write(prepared, z, past)
-        for _ in range(1, self.options.rounds if new else 1):
-            standing = self._standing([one.fact for one in prepared], z)
-            with changed_by(self.base, written.deltas):
-                places = self._to_seek_again(prepared, new)
-                tell = scaled(progress, len(places), len(new))
-                again = self._targets([prepared[n] for n in places], tell, standing)
-                z = z.index_copy(0, torch.tensor(places), again)
-            written = self._write(prepared, z, past)
-        return z, written.deltas, written.keys
+            return asked, Written({}, {}, {}, {})
+        written = self._write(prepared, z, asked, past)
+        if not new or not self.options.settle:
+            return asked, written
+        with changed_by(self.base, written.deltas):
+            places = self._to_settle(prepared, new)
+        groups = self._groups([one.fact for one in prepared])
+        numbers = {group: n for n, group in enumerate(dict.fromkeys(groups))}
+        group_of = [numbers[group] for group in groups]
+        facts = [one.fact for one in prepared]
+        made_with = [
+            self.base.hash, str(self.base.dtype), asdict(self.options), self.layers, self.prefixes, self._source,
+            self._standing(facts, z, asked), places, self._standing(self.facts, self.z, self.asked) if past else None,
+        ]  # fmt: skip
+        store = self.work / "edit" / f"settling-{fingerprint(*made_with)}.safetensors"
+        began = time.perf_counter()
+        tell = scaled(progress, len(places), len(new))
+        shifts, trained = settle(
+            self.base, prepared, written, group_of, places, self.text, self.options, self.settings.seed, store, tell
+        )
+        self._earlier[store.name] = max(0.0, trained.seconds - (time.perf_counter() - began))
+        merge = merger(groups, len(prepared))
+        residuals = torch.stack([merge @ written.residuals[layer] for layer in self.layers], 1).float() + shifts
+        asked = residuals[group_of]
+        # Written anew, so that what was learnt is what is solved for whenever a fact comes or goes.
+        return asked, self._write(prepared, z, asked, past)
 
-    def _to_seek_again(self, prepared: Sequence[Prepared], new: set[int]) -> list[int]:
+    def _to_settle(self, prepared: Sequence[Prepared], new: set[int]) -> list[int]:
         """The new facts, those that the model as it is does not say, and all that share a change with them."""
         old = [n for n in range(len(prepared)) if n not in new]
         jobs = [Job(prompt_text(prepared[n].fact), (target_text(prepared[n].fact),)) for n in old]
@@ -242,9 +272,9 @@ class Edit(ChangedWeights):
         chosen = {groups[n] for n in new | lost}
         return [n for n, group in enumerate(groups) if group in chosen]
 
-    def _standing(self, facts: Sequence[Fact], z: Tensor) -> list[Any]:
+    def _standing(self, facts: Sequence[Fact], z: Tensor, asked: Tensor) -> list[Any]:
         """What a model with these facts written follows from, besides what targets depend on anyway."""
-        digest = hashlib.sha256(z.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(z.numpy().tobytes() + asked.numpy().tobytes()).hexdigest()
         written = {name: getattr(self.options, name) for name in WriteOptions.__dataclass_fields__}
         text = [self._source, self.options.tokens, self.settings.seed]
         return [[f.model_dump_json() for f in facts], digest, written, self.options.merge, self.layers, text]
@@ -321,8 +351,8 @@ class Edit(ChangedWeights):
                 save_file(known, path)
         return torch.stack([known[mark].to(self.z) for mark in marks]) if marks else self.z[:0]
 
-    def _write(self, prepared: Sequence[Prepared], z: Tensor, past: dict[int, Tensor] | None) -> Written:
-        written = self._ready().write(prepared, z, self._groups([one.fact for one in prepared]), past)
+    def _write(self, prepared: Sequence[Prepared], z: Tensor, asked: Tensor, past: dict[int, Tensor] | None) -> Written:
+        written = self._ready().write(prepared, z, self._groups([one.fact for one in prepared]), past, asked)
         # As they will be kept, so that what was saved and what was not give the same weights.
         return replace(
             written,
@@ -361,7 +391,7 @@ class Edit(ChangedWeights):
     # -- keeping ---------------------------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"z": self.z} | {f"keys.{layer}": keys for layer, keys in self.keys.items()}
+        return {"z": self.z, "asked": self.asked} | {f"keys.{layer}": keys for layer, keys in self.keys.items()}
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -369,14 +399,16 @@ class Edit(ChangedWeights):
             "range": list(self.layers),
             "prefixes": list(self.prefixes),
             "source": self._source,
+            "text": self.text,
             "facts": [fact.id for fact in self.facts],
             "holding": [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.holding],
             "skipped": self.skipped,
         }
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        # What it was made with, not what is usual today; folders from before there were rounds had one.
-        self.options = EditOptions(**({"rounds": 1} | record["options"]))
+        # What it was made with, not what is usual today; folders from before facts settled sought targets in rounds.
+        made_with = {"settle": 0} | record["options"]
+        self.options = EditOptions(**{name: value for name, value in made_with.items() if name != "rounds"})
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])
         self._source = record["source"]
@@ -385,6 +417,8 @@ class Edit(ChangedWeights):
         self.facts = [by_id[id] for id in record["facts"]]
         self.skipped = record["skipped"]
         self.z = tensors["z"]
+        self.asked = tensors.get("asked", self._unasked(len(self.z)))
+        self.text = record.get("text", [])
         self.keys = {layer: tensors[f"keys.{layer}"] for layer in record["layers"]}
 
 

@@ -56,10 +56,14 @@ class Written:
     Attributes:
         deltas: by layer, in factors while there are fewer facts than d_model.
         keys: by layer, K (facts, d_ff), fp64.
+        maps: by layer, A (facts, d_ff) with Δ = RᵀA for any residuals R, fp64; of groups where there are any.
+        residuals: by layer, R (facts, d_model), fp64: what each fact's key is to add to the MLP's output.
     """
 
     deltas: Deltas
     keys: dict[int, Tensor]
+    maps: dict[int, Tensor]
+    residuals: dict[int, Tensor]
 
 
 class Writer:
@@ -77,6 +81,7 @@ class Writer:
         z: Tensor,
         groups: Sequence[int] | None = None,
         past: dict[int, Tensor] | None = None,
+        asked: Tensor | None = None,
     ) -> Written:
         """The changes after which the last layer's output at each fact's lookup token is near its target.
 
@@ -84,12 +89,13 @@ class Writer:
 
         Args:
             z: (facts, d_model), the targets.
+            asked: (facts, layers, d_model), residuals that hold whatever z says; NaN where z is to say them.
             groups: facts of one group are written as one, with their mean key and mean residual (MEMIT-Merge).
             past: by layer, keys (facts, d_ff) whose values shall stay as they are.
         """
-        merge = _merger(groups, len(prepared))
-        deltas: Deltas = {}
-        keys: dict[int, Tensor] = {}
+        merge = merger(groups, len(prepared))
+        written = Written({}, {}, {}, {})
+        keys = written.keys
         with fast_attention(self.base.model), torch.no_grad(), ExitStack() as attached:
             reader = Reader(self.base, prepared, self.layers[0], self.layers[-1])
             # A group counts once, however many facts it has.
@@ -103,39 +109,43 @@ class Writer:
                 norm = self.base.parts.blocks[layer].mlp_norm
                 if norm is not None:
                     residuals = solve.before_norm(values, residuals, self._in_double(norm))
+                if asked is not None:
+                    known = asked[:, place].to(residuals)
+                    residuals = torch.where(known.isnan(), residuals, known)
                 before = past[layer].double() if past else keys[layer][:0]
                 scatter = second - (merge @ keys[layer]).T @ (merge @ keys[layer]) if second is not None else None
-                deltas[layer] = self._solve(layer, merge @ keys[layer], merge @ residuals, before, scatter)
-                add_to(self.base.parts.blocks[layer].mlp_out, product(deltas[layer]), attached)
-        return Written(deltas, keys)
+                written.residuals[layer] = residuals
+                written.maps[layer] = self._map(layer, merge @ keys[layer], before, scatter)
+                written.deltas[layer] = delta_of(merge @ residuals, written.maps[layer])
+                add_to(self.base.parts.blocks[layer].mlp_out, product(written.deltas[layer]), attached)
+        return written
 
     def _in_double(self, norm: nn.Module) -> Callable[[Tensor], Tensor]:
         base = self.base
         return lambda values: norm(values.to(base.device, base.dtype)).double().cpu()
 
-    def _solve(
-        self, layer: int, keys: Tensor, residuals: Tensor, past: Tensor, scatter: Tensor | None
-    ) -> tuple[Tensor | None, Tensor]:
-        options = self.options
+    def _map(self, layer: int, keys: Tensor, past: Tensor, scatter: Tensor | None) -> Tensor:
+        """A (facts, d_ff) with Δ = RᵀA: every solve is linear in the residuals, so it is solved for the identity."""
+        options, residuals = self.options, torch.eye(len(keys), dtype=keys.dtype)
         if options.constraint == "nullspace":
             if layer not in self._projectors:
                 self._projectors[layer] = solve.null_space(self.moments[layer], options.energy)
             projector = self._projectors[layer]
-            return None, solve.projected(projector, self.moments[layer], past, keys, residuals, options.weight)
+            return solve.projected(projector, self.moments[layer], past, keys, residuals, options.weight)
         if len(past):
             moment = solve.regularizer(self.moments[layer], options.weight) + past.T @ past
             if options.constraint == "equality":
-                return _short(solve.equality(solve.cholesky(moment), keys, residuals))
+                return _whole(solve.equality(solve.cholesky(moment), keys, residuals))
             if scatter is not None:
                 moment = moment + options.scatter * scatter
-            return None, solve.dense(moment, keys, residuals)
+            return solve.dense(moment, keys, residuals)
         if options.constraint == "equality":
-            return _short(solve.equality(self.factor(layer), keys, residuals))
+            return _whole(solve.equality(self.factor(layer), keys, residuals))
         factor = self.factor(layer)
         if scatter is not None:
             moment = solve.regularizer(self.moments[layer], options.weight) + options.scatter * scatter
             factor = solve.cholesky(moment)
-        return _short(solve.woodbury(factor, keys, residuals))
+        return _whole(solve.woodbury(factor, keys, residuals))
 
     def factor(self, layer: int) -> Tensor:
         """The Cholesky factor of λC of a layer; made once."""
@@ -144,12 +154,17 @@ class Writer:
         return self._factors[layer]
 
 
-def _short(factors: tuple[Tensor, Tensor]) -> tuple[Tensor | None, Tensor]:
+def _whole(factors: tuple[Tensor, Tensor]) -> Tensor:
     left, right = factors
-    return (None, left @ right) if left.shape[1] >= left.shape[0] else factors
+    return left @ right
 
 
-def _merger(groups: Sequence[int] | None, facts: int) -> Tensor:
+def delta_of(residuals: Tensor, into: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Δ = RᵀA, as factors while there are fewer facts than d_model."""
+    return (None, residuals.T @ into) if len(residuals) >= residuals.shape[1] else (residuals.T, into)
+
+
+def merger(groups: Sequence[int] | None, facts: int) -> Tensor:
     """The matrix (groups, facts) that takes the mean over each group's facts."""
     if groups is None:
         return torch.eye(facts, dtype=torch.float64)

@@ -108,8 +108,7 @@ def answer_logits(base: Base, first: Columns, samples: Sequence[Sample]) -> tupl
             input_ids=ids,
             attention_mask=torch.cat([seen.new_ones(len(samples), before), seen, mask], 1),
             position_ids=places + starts[:, None],
-            past_key_values=cache_of(side_by_side(first, own)),
-            use_cache=True,
+            **base.behind(cache_of(side_by_side(first, own))),
             logits_to_keep=kept,
         ).logits
     label = torch.tensor([one for sample in samples for one in sample.answer], device=base.device)

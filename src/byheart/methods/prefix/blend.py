@@ -69,8 +69,7 @@ def blended(base: Base, head: KV | None, blocks: Sequence[KV], ids: Sequence[Seq
             input_ids=tokens[:, chosen],
             attention_mask=seen,
             position_ids=(chosen + whole.start)[None],
-            past_key_values=Cache(layers=layers),
-            use_cache=True,
+            **base.behind(Cache(layers=layers)),
             logits_to_keep=torch.tensor([0], device=base.device),
         )
     return KV(
@@ -88,7 +87,7 @@ def _moved(base: Base, head: KV | None, tokens: Tensor, stale: KV) -> Tensor:
     before = 0 if head is None else head.columns
     places = torch.arange(stale.start, stale.start + tokens.shape[1], device=base.device)[None]
     with torch.inference_mode(), fast_attention(base.model), stopped_at(blocks[_LOOKS_AT + 1].module):
-        base.model(input_ids=tokens, position_ids=places, past_key_values=cache, use_cache=True)
+        base.model(input_ids=tokens, position_ids=places, **base.behind(cache))
     layer = cache.layers[_LOOKS_AT]
     both = ((layer.keys, stale.keys), (layer.values, stale.values))
     return sum(((new[0, :, before:] - old[_LOOKS_AT]).float() ** 2).sum((0, 2)) for new, old in both)  # type: ignore

@@ -145,8 +145,7 @@ def looks(base: Base, head: KV | None, block: KV, rows: Sequence[Sequence[int]],
             input_ids=ids,
             attention_mask=torch.cat([mask.new_ones(len(rows), there), mask], 1),
             position_ids=places + block.end,
-            past_key_values=Layers(layers=[Frozen(key, value) for key, value in shared(past, len(rows))]),
-            use_cache=True,
+            **base.behind(Layers(layers=[Frozen(key, value) for key, value in shared(past, len(rows))])),
             logits_to_keep=torch.tensor([0], device=base.device),
         )
     if len(found) != len(base.parts.blocks):

@@ -1,0 +1,199 @@
+"""All facts together: what each must add at every layer to be said beside all the others, with text as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count, pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from byheart.attention import fast_attention
+from byheart.base import Base
+from byheart.blocks import Stretch
+from byheart.losses import drift, token_loss
+from byheart.methods.edit.prompts import Prepared, Row
+from byheart.methods.edit.write import Written
+from byheart.padding import right_padded
+from byheart.progress import scaled
+from byheart.surgery import widened
+from byheart.training import Recipe, Trained, train
+
+# Tokens a step, of prompts and of ordinary text: small enough for many steps an epoch, and for memory.
+_TOKENS, _TEXT_ROWS, _TEXT_TOKENS = 512, 4, 64
+# Of an epoch, the prompts of a fact that are read behind prefixes; the bare one is always.
+_OTHERS = 1
+# A few facts take few steps an epoch; so many are taken all the same.
+_LEAST_STEPS, _WARMUP = 24, 10
+
+
+@dataclass(frozen=True)
+class SettleOptions:
+    """How residuals are settled.
+
+    Attributes:
+        settle: epochs at least; 0: as published, each fact's residuals follow from its own target alone.
+        settle_lr: Adam's step size, times the length of an ordinary sum of a fact's residuals over the root of d_model.
+        settle_kl: weight of KL(before || now) on ordinary text.
+        settle_stop: a prompt whose loss is below it pulls no more.
+    """
+
+    settle: int = 3
+    settle_lr: float = 0.03
+    settle_kl: float = 1.0
+    settle_stop: float = 0.05
+
+
+def text_pieces(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Rows of ordinary text in the pieces that residuals are settled beside."""
+    cut = (list(row[n : n + _TEXT_TOKENS]) for row in rows for n in range(0, len(row), _TEXT_TOKENS))
+    return [piece for piece in cut if len(piece) > 1]
+
+
+def settle(
+    base: Base,
+    prepared: Sequence[Prepared],
+    written: Written,
+    group_of: Sequence[int],
+    places: Sequence[int],
+    text: Sequence[Sequence[int]],
+    options: SettleOptions,
+    seed: int,
+    store: Path,
+    progress: Callable[[int], None],
+) -> tuple[Tensor, Trained]:
+    """Change the residuals of some facts so that their prompts are followed by their targets in the edited model.
+
+    A target is sought as if nothing but the state at its own lookup token changed. Hundreds of edits also move all
+    other tokens, and what one fact adds leaks into the prompts of others. Here the maps A of an edit stay (Δ = RᵀA, so
+    that what a fact adds goes where its own key is and ordinary text is not), and the residuals R of all layers follow
+    the gradient of
+
+        mean over prompts of the mean over target tokens of -log p  +  settle_kl · KL(before || now) on ordinary text
+
+    through the model with all of them written. Resumes from ``store``.
+
+    Args:
+        group_of: of each fact the row of the maps that it shares with others.
+        places: facts whose prompts count, and whose residuals may change.
+        text: pieces of ordinary text.
+        progress: is told of facts, once an epoch each.
+
+    Returns:
+        Changes of residuals (groups, layers, d_model), and what training came to.
+    """
+    layers = sorted(written.maps)
+    groups = len(written.maps[layers[0]])
+    chosen = sorted({group_of[n] for n in places})
+    index = torch.tensor(chosen, device=base.device)
+    shifts = nn.ParameterDict({str(layer): torch.zeros(len(chosen), base.parts.d_model) for layer in layers})
+    shifts.to(base.device)
+    merged = {layer: _of_groups(written.residuals[layer], group_of, groups) for layer in layers}
+    plan = _plan(prepared, places, options.settle, seed)
+    # All layers together move about as far as one target would.
+    rates = {str(layer): len(layers) * float(merged[layer].norm(dim=1).median()) for layer in layers}
+    longest = max(rates.values()) or 1.0
+    lr, warmup = options.settle_lr * longest / base.parts.d_model**0.5, min(_WARMUP, len(plan) // 2)
+    recipe = Recipe(len(plan), lr, warmup, decay=0.0, clip=float("inf"))
+    inside = {
+        layer: (written.maps[layer].to(base.device, base.dtype), merged[layer].to(base.device, base.wide))
+        for layer in layers
+    }
+
+    def loss(step: int) -> Tensor:
+        some = plan[step]
+        draw = random.Random(f"{seed}/{step}")
+        pieces = draw.sample(text, min(_TEXT_ROWS, len(text)))
+        with fast_attention(base.model):
+            now_said = _said(base, pieces, layers[0]) if pieces and options.settle_kl else None
+            with torch.no_grad():
+                before = now_said() if now_said else None
+            with ExitStack() as attached:
+                for layer, (into, residual) in inside.items():
+                    now = residual.index_add(0, index, shifts[str(layer)].to(residual)).to(base.dtype)
+                    attached.enter_context(widened(base.parts.blocks[layer].mlp_out, _adding(into, now)))
+                fit = _fit(base, some, layers[0], options.settle_stop)
+                if now_said is None or before is None:
+                    return fit
+                return fit + options.settle_kl * drift(now_said(), before, base.wide)
+
+    tell = scaled(progress, len(plan), len(places) * options.settle)
+    trained = train(shifts, loss, recipe, store, tell, lambda name: rates[name.split(".")[-1]] / longest)
+    found = torch.zeros(groups, len(layers), base.parts.d_model)
+    for place, layer in enumerate(layers):
+        found[chosen, place] = shifts[str(layer)].detach().float().cpu()
+    return found, trained
+
+
+def _adding(into: Tensor, residuals: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Δ's part of a layer, given A (groups, d_ff) and R (groups, d_model)."""
+    return lambda given, output: (given @ into.T) @ residuals
+
+
+def _of_groups(residuals: Tensor, group_of: Sequence[int], groups: int) -> Tensor:
+    """The mean residual of each group's facts (groups, d_model)."""
+    index = torch.tensor(group_of)
+    total = torch.zeros(groups, residuals.shape[1], dtype=residuals.dtype).index_add(0, index, residuals)
+    return total / torch.bincount(index, minlength=groups)[:, None]
+
+
+def _plan(prepared: Sequence[Prepared], places: Sequence[int], epochs: int, seed: int) -> list[list[Row]]:
+    """The prompts of each step: in an epoch every fact's bare one and one behind a prefix, like lengths together."""
+    steps: list[list[Row]] = []
+    for epoch in count():
+        if epoch >= epochs and len(steps) >= _LEAST_STEPS:
+            break
+        draw = random.Random(f"{seed}/{epoch}")
+        rows: list[Row] = []
+        for n in places:
+            bare, *others = prepared[n].rows
+            rows += [bare, *draw.sample(others, min(_OTHERS, len(others)))]
+        # Not quite by length, so that the same prompts do not always stand together.
+        rows.sort(key=lambda row: _length(row) + 4 * draw.random())
+        cuts, widest = [0], 0
+        for n, row in enumerate(rows):
+            widest = max(widest, _length(row))
+            if n > cuts[-1] and (n + 1 - cuts[-1]) * widest > _TOKENS:
+                cuts.append(n)
+                widest = _length(row)
+        made = [rows[start:end] for start, end in pairwise([*cuts, len(rows)])]
+        draw.shuffle(made)
+        steps += made
+    return steps
+
+
+def _length(row: Row) -> int:
+    return len(row.context) + len(row.tail)
+
+
+def _fit(base: Base, rows: Sequence[Row], first: int, stop: float) -> Tensor:
+    """The mean over rows of the mean -log p of a target token; rows below ``stop`` do not pull."""
+    stretch, _ = _read(base, [(*row.context, *row.tail) for row in rows], first)
+    out = stretch.run(stretch.hidden, first, stretch.last)
+    at = [
+        (n, _length(row) - len(row.labels) + k, label, 1 / len(row.labels))
+        for n, row in enumerate(rows)
+        for k, label in enumerate(row.labels)
+    ]
+    number, column, label = (torch.tensor([one[k] for one in at], device=base.device) for k in range(3))
+    share = torch.tensor([one[3] for one in at], device=base.device, dtype=base.wide)
+    nll, _ = token_loss(base.parts.logits(out[number, column]), label, base.wide)
+    each = torch.zeros(len(rows), dtype=base.wide, device=base.device).index_add(0, number, nll * share)
+    return torch.where(each.detach() > stop, each, each.detach()).mean()
+
+
+def _said(base: Base, pieces: Sequence[Sequence[int]], first: int) -> Callable[[], Tensor]:
+    """What gives the logits at every token of ordinary text by the model as it is when it is called."""
+    stretch, mask = _read(base, pieces, first)
+    real = mask.bool()
+    return lambda: base.parts.logits(stretch.run(stretch.hidden, first, stretch.last)[real])
+
+
+def _read(base: Base, rows: Sequence[Sequence[int]], first: int) -> tuple[Stretch, Tensor]:
+    """The blocks from ``first`` up over rows, and their mask; what is below no edit changes."""
+    ids, mask, places = right_padded(rows, base.device)
+    return Stretch(base, ids, mask, places, first, len(base.parts.blocks) - 1), mask
