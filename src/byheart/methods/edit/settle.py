@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
@@ -15,20 +15,27 @@ from torch import Tensor, nn
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Stretch
+from byheart.decode import token_ids
 from byheart.losses import drift, token_loss
-from byheart.methods.edit.prompts import Prepared, Row
+from byheart.methods.edit.common_facts import common_facts
+from byheart.methods.edit.prompts import Prepared, Row, prompt_text
 from byheart.methods.edit.write import Written
 from byheart.padding import right_padded
 from byheart.progress import scaled
+from byheart.rows import Fact
 from byheart.surgery import widened
 from byheart.training import Recipe, Trained, train
 
 # Tokens a step, of prompts and of ordinary text: small enough for many steps an epoch, and for memory.
 _TOKENS, _TEXT_ROWS, _TEXT_TOKENS = 512, 4, 64
+# A step's prompts about others, of which what follows is to stay; drawn from so many for each fact.
+_BESIDE, _SUBJECTS = 8, 2
 # Of an epoch, the prompts of a fact that are read behind prefixes; the bare one is always.
 _OTHERS = 1
 # A few facts take few steps an epoch; so many are taken all the same.
 _LEAST_STEPS, _WARMUP = 24, 10
+# Steps whose prompts say how much is missing at first.
+_LOOKS = 8
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,9 @@ class SettleOptions:
 
     Attributes:
         settle: epochs at least; 0: as published, each fact's residuals follow from its own target alone.
-        settle_lr: Adam's step size, times the length of an ordinary sum of a fact's residuals over the root of d_model.
-        settle_kl: weight of KL(before || now) on ordinary text.
+        settle_lr: Adam's step size, times the length of an ordinary sum of a fact's residuals over the root of d_model,
+            and, below 1, times the loss that there is at first: where little is missing, little is moved.
+        settle_kl: weight of KL(before || now) on ordinary text, and of that behind the facts' prompts about others.
         settle_stop: a prompt whose loss is below it pulls no more.
     """
 
@@ -73,7 +81,8 @@ def settle(
     that what a fact adds goes where its own key is and ordinary text is not), and the residuals R of all layers follow
     the gradient of
 
-        mean over prompts of the mean over target tokens of -log p  +  settle_kl · KL(before || now) on ordinary text
+        mean over prompts of the mean over target tokens of -log p
+            +  settle_kl · (KL(before || now) on ordinary text  +  the same behind prompts about other subjects)
 
     through the model with all of them written. Resumes from ``store``.
 
@@ -94,35 +103,45 @@ def settle(
     shifts.to(base.device)
     merged = {layer: _of_groups(written.residuals[layer], group_of, groups) for layer in layers}
     plan = _plan(prepared, places, options.settle, seed)
-    # All layers together move about as far as one target would.
-    rates = {str(layer): len(layers) * float(merged[layer].norm(dim=1).median()) for layer in layers}
-    longest = max(rates.values()) or 1.0
-    lr, warmup = options.settle_lr * longest / base.parts.d_model**0.5, min(_WARMUP, len(plan) // 2)
-    recipe = Recipe(len(plan), lr, warmup, decay=0.0, clip=float("inf"))
+    others = _others(base, [prepared[n].fact for n in places], {one.fact.subject.strip() for one in prepared}, seed)
     inside = {
         layer: (written.maps[layer].to(base.device, base.dtype), merged[layer].to(base.device, base.wide))
         for layer in layers
     }
 
-    def loss(step: int) -> Tensor:
-        some = plan[step]
-        draw = random.Random(f"{seed}/{step}")
-        pieces = draw.sample(text, min(_TEXT_ROWS, len(text)))
-        with fast_attention(base.model):
-            now_said = _said(base, pieces, layers[0]) if pieces and options.settle_kl else None
-            with torch.no_grad():
-                before = now_said() if now_said else None
-            with ExitStack() as attached:
-                for layer, (into, residual) in inside.items():
-                    now = residual.index_add(0, index, shifts[str(layer)].to(residual)).to(base.dtype)
-                    attached.enter_context(widened(base.parts.blocks[layer].mlp_out, _adding(into, now)))
-                fit = _fit(base, some, layers[0], options.settle_stop)
-                if now_said is None or before is None:
-                    return fit
-                return fit + options.settle_kl * drift(now_said(), before, base.wide)
+    @contextmanager
+    def edited() -> Iterator[None]:
+        with ExitStack() as attached:
+            for layer, (into, residual) in inside.items():
+                now = residual.index_add(0, index, shifts[str(layer)].to(residual)).to(base.dtype)
+                attached.enter_context(widened(base.parts.blocks[layer].mlp_out, _adding(into, now)))
+            yield
 
+    def loss(step: int) -> Tensor:
+        draw = random.Random(f"{seed}/{step}")
+        held = [
+            _said(base, draw.sample(rows, min(count, len(rows))), layers[0], last)
+            for rows, count, last in ((text, _TEXT_ROWS, False), (others, _BESIDE, True))
+            if rows and options.settle_kl
+        ]
+        with fast_attention(base.model):
+            with torch.no_grad():
+                before = [said() for said in held]
+            with edited():
+                total = _fit(base, plan[step], layers[0], options.settle_stop)
+                for said, old in zip(held, before, strict=True):
+                    total = total + options.settle_kl * drift(said(), old, base.wide)
+                return total
+
+    with torch.no_grad(), fast_attention(base.model), edited():
+        looks = [float(_fit(base, rows, layers[0], options.settle_stop)) for rows in plan[:_LOOKS]]
+    # All layers together move about as far as one target would.
+    lengths = {str(layer): len(layers) * float(merged[layer].norm(dim=1).median()) for layer in layers}
+    longest = max(lengths.values()) or 1.0
+    lr = options.settle_lr * min(1.0, sum(looks) / len(looks)) * longest / base.parts.d_model**0.5
+    recipe = Recipe(len(plan), lr, min(_WARMUP, len(plan) // 2), decay=0.0, clip=float("inf"))
     tell = scaled(progress, len(plan), len(places) * options.settle)
-    trained = train(shifts, loss, recipe, store, tell, lambda name: rates[name.split(".")[-1]] / longest)
+    trained = train(shifts, loss, recipe, store, tell, lambda name: lengths[name.split(".")[-1]] / longest)
     found = torch.zeros(groups, len(layers), base.parts.d_model)
     for place, layer in enumerate(layers):
         found[chosen, place] = shifts[str(layer)].detach().float().cpu()
@@ -186,10 +205,22 @@ def _fit(base: Base, rows: Sequence[Row], first: int, stop: float) -> Tensor:
     return torch.where(each.detach() > stop, each, each.detach()).mean()
 
 
-def _said(base: Base, pieces: Sequence[Sequence[int]], first: int) -> Callable[[], Tensor]:
-    """What gives the logits at every token of ordinary text by the model as it is when it is called."""
-    stretch, mask = _read(base, pieces, first)
+def _others(base: Base, facts: Sequence[Fact], edited: set[str], seed: int) -> list[list[int]]:
+    """The facts' prompts about subjects that are not edited, as tokens."""
+    subjects = sorted({fact.subject for fact in common_facts()} - edited)
+    draw = random.Random(seed)
+    asked = [
+        fact.model_copy(update={"subject": subject}) for fact in facts for subject in draw.sample(subjects, _SUBJECTS)
+    ]
+    return [token_ids(base.tokenizer, prompt_text(fact), beginning=True) for fact in asked]
+
+
+def _said(base: Base, rows: Sequence[Sequence[int]], first: int, last: bool) -> Callable[[], Tensor]:
+    """What gives the logits at every token, or at the last one of each row, by the model as it is when called."""
+    stretch, mask = _read(base, rows, first)
     real = mask.bool()
+    if last:
+        real = real & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     return lambda: base.parts.logits(stretch.run(stretch.hidden, first, stretch.last)[real])
 
 
