@@ -143,7 +143,8 @@ def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, scatter
     text = torch.randn(400, base.parts.d_ff, dtype=torch.float64)
     moments = dict.fromkeys(LAYERS, text.T @ text / 400)
     before = [matrix(block.mlp_out).clone() for block in base.parts.blocks]
-    written = Writer(base, moments, WriteOptions(weight=0.05, scatter=scatter)).write(prepared, found.z)
+    writer = Writer(base, moments, WriteOptions(weight=0.05, scatter=scatter))
+    written = writer.write(prepared, found.z)
     for block, old in zip(base.parts.blocks, before, strict=True):
         assert torch.equal(matrix(block.mlp_out), old)
     keys, deltas = plain_write(base, [z for z, _ in plain], moments, 0.05, scatter)
@@ -152,6 +153,12 @@ def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, scatter
         assert torch.allclose(written.keys[layer], keys[layer], rtol=1e-5, atol=1e-7)
         left, right = written.deltas[layer]
         assert torch.allclose(left @ right, deltas[layer], rtol=1e-5, atol=1e-7)
+    # Residuals that are known say all: with them, the targets do not matter.
+    asked = torch.stack([written.residuals[layer] for layer in LAYERS], 1)
+    again = writer.write(prepared, torch.zeros_like(found.z), asked=asked)
+    for layer in LAYERS:
+        for one, other in zip(again.deltas[layer], written.deltas[layer], strict=True):
+            assert torch.allclose(one, other)
 
 
 def random_problem(facts, size=24, out=10, seed=0):

@@ -52,7 +52,7 @@ class SettleOptions:
 
     settle: int = 3
     settle_lr: float = 0.03
-    settle_kl: float = 1.0
+    settle_kl: float = 3.0
     settle_stop: float = 0.05
 
 
