@@ -160,8 +160,7 @@ def main() -> None:
         shifts, _ = settle(
             base, prepared, solved, every, every, text_pieces(rows), SettleOptions(), 0, store, lambda n: None
         )
-    asked = torch.stack([solved.residuals[layer] for layer in layers], 1) + shifts
-    settled = efficacy(base, writer.write(prepared, z, asked=asked).deltas, chosen)
+    settled = efficacy(base, writer.write(prepared, z, shifts=shifts).deltas, chosen)
     print(
         f"{len(prepared)} facts: prompts {ready:.1f} s, targets {seek:.1f} s ({seek / len(prepared):.2f} a fact), "
         f"reading keys and solving {solve:.1f} s, settling and solving again {time.perf_counter() - began:.1f} s; "

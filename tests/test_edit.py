@@ -133,16 +133,16 @@ def test_settled_facts_are_said_beside_all_others(base, tmp_path):
     kept = learnt(base, tmp_path, settle=3, settle_lr=0.5, settle_kl=100.0)
     assert drifted(kept) < drifted(settled)
     # Undoing seeks nothing anew, and leaves no weight behind.
-    asked = settled.asked.clone()
+    shifts = settled.shifts.clone()
     settled.undo(["cove"])
-    assert torch.equal(settled.asked, asked[[0, 2, 3]])
+    assert torch.equal(settled.shifts, shifts[[0, 2, 3]])
     settled.undo([fact.id for fact in FACTS if fact.id != "cove"])
     assert same(weights_with(settled), weights(base)) and not settled.deltas
 
 
 def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, monkeypatch):
     method = learnt(base, tmp_path, FACTS[:2], settle=2)
-    asked = method.asked.clone()
+    shifts = method.shifts.clone()
     for new, hits, kept in ((FACTS[2], 1.0, True), (FACTS[3], 0.5, False)):
         monkeypatch.setattr(
             "byheart.methods.edit.method.complete",
@@ -151,7 +151,7 @@ def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, 
         with ledger_of(tmp_path, [new]) as ledger:
             (change,) = ledger.history(new.id)
         method.revise(change)
-        assert torch.equal(method.asked[:2], asked) == kept
+        assert torch.equal(method.shifts[:2], shifts) == kept
 
 
 def test_settling_goes_on_where_it_was_killed(base, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_settling_goes_on_where_it_was_killed(base, tmp_path, monkeypatch):
             killed.learn(ledger, tick)
         assert list((tmp_path / "killed").rglob("settling-*"))
         killed.learn(ledger)
-    assert torch.allclose(killed.asked, whole.asked, atol=1e-5)
+    assert torch.allclose(killed.shifts, whole.shifts, atol=1e-5)
 
 
 def test_the_order_in_which_facts_come_leaves_no_trace(base, tmp_path):

@@ -30,7 +30,7 @@ from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare, promp
 from byheart.methods.edit.settle import SettleOptions, settle, text_pieces
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, changed_by, delta_bytes, stacked
-from byheart.methods.edit.write import Reader, WriteOptions, Writer, Written, merger
+from byheart.methods.edit.write import Reader, WriteOptions, Writer, Written
 from byheart.methods.facts import choose_facts
 from byheart.ordinary import ordinary_text, text_rows, text_source
 from byheart.progress import scaled
@@ -43,7 +43,7 @@ _STEP = 32
 # Rows of ordinary text that are kept with an edit, so that a later fact can be settled beside it.
 _TEXT = 120
 # What follows from the facts that hold; all of it changes, or nothing does.
-_STATE = ("holding", "facts", "z", "asked", "keys", "deltas", "skipped")
+_STATE = ("holding", "facts", "z", "shifts", "keys", "deltas", "skipped")
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Edit(ChangedWeights):
         self.holding: list[Fact] = []  # all facts that hold, those that cannot be written among them
         self.facts: list[Fact] = []
         self.z = torch.zeros(0, base.parts.d_model)
-        # Residuals by fact and layer that settling left, whatever the targets say; NaN where there is none.
-        self.asked = torch.zeros(0, len(self.layers), base.parts.d_model)
+        # By fact and layer, what settling added to the residuals that the targets give.
+        self.shifts = torch.zeros(0, len(self.layers), base.parts.d_model)
         self.text: list[list[int]] = []
         self.keys: dict[int, Tensor] = {}
         self.prefixes: tuple[str, ...] = ()
@@ -142,7 +142,7 @@ class Edit(ChangedWeights):
         began = time.perf_counter()
         self._begin(ledger)
         self.holding, self.facts, self.keys, self.deltas = [], [], {}, {}
-        self.z, self.asked = self.z[:0], self.asked[:0]
+        self.z, self.shifts = self.z[:0], self.shifts[:0]
         facts = list(ledger.facts())
         notes: list[str] = []
         size = self.options.batch or max(len(facts), 1)
@@ -188,7 +188,7 @@ class Edit(ChangedWeights):
         try:
             chosen, skipped = choose_facts(holding, dt.date.today())
             prepared, more = self._prepare(chosen)
-            known = dict(zip(self._marks(self.facts), zip(self.z, self.asked, strict=True), strict=True))
+            known = dict(zip(self._marks(self.facts), zip(self.z, self.shifts, strict=True), strict=True))
             marks = self._marks([one.fact for one in prepared])
             new = {mark: one for mark, one in zip(marks, prepared, strict=True) if mark not in known}
             progress = scaled(progress, 1 + self.options.settle, 1)
@@ -196,11 +196,11 @@ class Edit(ChangedWeights):
                 self._accumulate(list(new.values()), progress)
             else:
                 z = self._targets(list(new.values()), progress)
-                known |= zip(new, zip(z, self._unasked(len(z)), strict=True), strict=True)
+                known |= zip(new, zip(z, self._unshifted(len(z)), strict=True), strict=True)
                 self.z = torch.stack([known[mark][0] for mark in marks]) if marks else self.z[:0]
-                asked = torch.stack([known[mark][1] for mark in marks]) if marks else self.asked[:0]
+                shifts = torch.stack([known[mark][1] for mark in marks]) if marks else self.shifts[:0]
                 places = {n for n, mark in enumerate(marks) if mark in new}
-                self.asked, written = self._settled(prepared, self.z, asked, places, progress)
+                self.shifts, written = self._settled(prepared, self.z, shifts, places, progress)
                 self.deltas, self.keys = written.deltas, written.keys
                 self.facts = [one.fact for one in prepared]
             there = {fact.id for fact in holding}
@@ -217,29 +217,29 @@ class Edit(ChangedWeights):
             return
         self._ready()  # the second moment is that of the base, whatever is attached
         with self.attached():
-            z = self._targets(new, progress, self._standing(self.facts, self.z, self.asked))
-            asked, written = self._settled(new, z, self._unasked(len(z)), set(range(len(new))), progress, self.keys)
+            z = self._targets(new, progress, self._standing(self.facts, self.z, self.shifts))
+            shifts, written = self._settled(new, z, self._unshifted(len(z)), set(range(len(new))), progress, self.keys)
         self.facts = [*self.facts, *(one.fact for one in new)]
-        self.z, self.asked = torch.cat([self.z, z]), torch.cat([self.asked, asked])
+        self.z, self.shifts = torch.cat([self.z, z]), torch.cat([self.shifts, shifts])
         self.deltas = stacked(self.deltas, written.deltas)
         self.keys = {layer: torch.cat([self.keys[layer], some]) for layer, some in written.keys.items()}
 
-    def _unasked(self, facts: int) -> Tensor:
-        return torch.full((facts, len(self.layers), self.base.parts.d_model), torch.nan)
+    def _unshifted(self, facts: int) -> Tensor:
+        return torch.zeros(facts, len(self.layers), self.base.parts.d_model)
 
     def _settled(
-        self, prepared: Sequence[Prepared], z: Tensor, asked: Tensor, new: set[int], progress: Progress,
+        self, prepared: Sequence[Prepared], z: Tensor, shifts: Tensor, new: set[int], progress: Progress,
         past: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, Written]:  # fmt: skip
-        """What each fact is to add at each layer, and what is written by it.
+        """What each fact is to add beyond what its target says, and what is written with it.
 
         New facts are settled beside all others, and with them those of the others that no longer hold.
         """
         if not prepared:
-            return asked, Written({}, {}, {}, {})
-        written = self._write(prepared, z, asked, past)
+            return shifts, Written({}, {}, {}, {})
+        written = self._write(prepared, z, shifts, past)
         if not new or not self.options.settle:
-            return asked, written
+            return shifts, written
         with changed_by(self.base, written.deltas):
             places = self._to_settle(prepared, new)
         groups = self._groups([one.fact for one in prepared])
@@ -248,20 +248,17 @@ class Edit(ChangedWeights):
         facts = [one.fact for one in prepared]
         made_with = [
             self.base.hash, str(self.base.dtype), asdict(self.options), self.layers, self.prefixes, self._source,
-            self._standing(facts, z, asked), places, self._standing(self.facts, self.z, self.asked) if past else None,
+            self._standing(facts, z, shifts), places, self._standing(self.facts, self.z, self.shifts) if past else None,
         ]  # fmt: skip
         store = self.work / "edit" / f"settling-{fingerprint(*made_with)}.safetensors"
         began = time.perf_counter()
         tell = scaled(progress, len(places), len(new))
-        shifts, trained = settle(
+        found, trained = settle(
             self.base, prepared, written, group_of, places, self.text, self.options, self.settings.seed, store, tell
         )
         self._earlier[store.name] = max(0.0, trained.seconds - (time.perf_counter() - began))
-        merge = merger(groups, len(prepared))
-        residuals = torch.stack([merge @ written.residuals[layer] for layer in self.layers], 1).float() + shifts
-        asked = residuals[group_of]
-        # Written anew, so that what was learnt is what is solved for whenever a fact comes or goes.
-        return asked, self._write(prepared, z, asked, past)
+        shifts = shifts + found[group_of]
+        return shifts, self._write(prepared, z, shifts, past)
 
     def _to_settle(self, prepared: Sequence[Prepared], new: set[int]) -> list[int]:
         """The new facts, those that the model as it is does not say, and all that share a change with them."""
@@ -272,9 +269,9 @@ class Edit(ChangedWeights):
         chosen = {groups[n] for n in new | lost}
         return [n for n, group in enumerate(groups) if group in chosen]
 
-    def _standing(self, facts: Sequence[Fact], z: Tensor, asked: Tensor) -> list[Any]:
+    def _standing(self, facts: Sequence[Fact], z: Tensor, shifts: Tensor) -> list[Any]:
         """What a model with these facts written follows from, besides what targets depend on anyway."""
-        digest = hashlib.sha256(z.numpy().tobytes() + asked.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(z.numpy().tobytes() + shifts.numpy().tobytes()).hexdigest()
         written = {name: getattr(self.options, name) for name in WriteOptions.__dataclass_fields__}
         text = [self._source, self.options.tokens, self.settings.seed]
         return [[f.model_dump_json() for f in facts], digest, written, self.options.merge, self.layers, text]
@@ -351,8 +348,10 @@ class Edit(ChangedWeights):
                 save_file(known, path)
         return torch.stack([known[mark].to(self.z) for mark in marks]) if marks else self.z[:0]
 
-    def _write(self, prepared: Sequence[Prepared], z: Tensor, asked: Tensor, past: dict[int, Tensor] | None) -> Written:
-        written = self._ready().write(prepared, z, self._groups([one.fact for one in prepared]), past, asked)
+    def _write(
+        self, prepared: Sequence[Prepared], z: Tensor, shifts: Tensor, past: dict[int, Tensor] | None
+    ) -> Written:
+        written = self._ready().write(prepared, z, self._groups([one.fact for one in prepared]), past, shifts)
         # As they will be kept, so that what was saved and what was not give the same weights.
         return replace(
             written,
@@ -391,7 +390,7 @@ class Edit(ChangedWeights):
     # -- keeping ---------------------------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"z": self.z, "asked": self.asked} | {f"keys.{layer}": keys for layer, keys in self.keys.items()}
+        return {"z": self.z, "shifts": self.shifts} | {f"keys.{layer}": keys for layer, keys in self.keys.items()}
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -417,7 +416,7 @@ class Edit(ChangedWeights):
         self.facts = [by_id[id] for id in record["facts"]]
         self.skipped = record["skipped"]
         self.z = tensors["z"]
-        self.asked = tensors.get("asked", self._unasked(len(self.z)))
+        self.shifts = tensors.get("shifts", self._unshifted(len(self.z)))
         self.text = record.get("text", [])
         self.keys = {layer: tensors[f"keys.{layer}"] for layer in record["layers"]}
 

@@ -57,7 +57,7 @@ class Written:
         deltas: by layer, in factors while there are fewer facts than d_model.
         keys: by layer, K (facts, d_ff), fp64.
         maps: by layer, A (facts, d_ff) with Δ = RᵀA for any residuals R, fp64; of groups where there are any.
-        residuals: by layer, R (facts, d_model), fp64: what each fact's key is to add to the MLP's output.
+        residuals: by layer, R (facts, d_model), fp64: what each key is to add to the MLP's output, shifts and all.
     """
 
     deltas: Deltas
@@ -81,7 +81,7 @@ class Writer:
         z: Tensor,
         groups: Sequence[int] | None = None,
         past: dict[int, Tensor] | None = None,
-        asked: Tensor | None = None,
+        shifts: Tensor | None = None,
     ) -> Written:
         """The changes after which the last layer's output at each fact's lookup token is near its target.
 
@@ -89,11 +89,12 @@ class Writer:
 
         Args:
             z: (facts, d_model), the targets.
-            asked: (facts, layers, d_model), residuals that hold whatever z says; NaN where z is to say them.
+            shifts: (facts, layers, d_model), what residuals are to be beyond what the targets say. Keys are read as if
+                there were none, so that the maps they were settled for come out again.
             groups: facts of one group are written as one, with their mean key and mean residual (MEMIT-Merge).
             past: by layer, keys (facts, d_ff) whose values shall stay as they are.
         """
-        merge = merger(groups, len(prepared))
+        merge = _merger(groups, len(prepared))
         written = Written({}, {}, {}, {})
         keys = written.keys
         with fast_attention(self.base.model), torch.no_grad(), ExitStack() as attached:
@@ -109,15 +110,14 @@ class Writer:
                 norm = self.base.parts.blocks[layer].mlp_norm
                 if norm is not None:
                     residuals = solve.before_norm(values, residuals, self._in_double(norm))
-                if asked is not None:
-                    known = asked[:, place].to(residuals)
-                    residuals = torch.where(known.isnan(), residuals, known)
                 before = past[layer].double() if past else keys[layer][:0]
                 scatter = second - (merge @ keys[layer]).T @ (merge @ keys[layer]) if second is not None else None
-                written.residuals[layer] = residuals
-                written.maps[layer] = self._map(layer, merge @ keys[layer], before, scatter)
-                written.deltas[layer] = delta_of(merge @ residuals, written.maps[layer])
-                add_to(self.base.parts.blocks[layer].mlp_out, product(written.deltas[layer]), attached)
+                into = self._map(layer, merge @ keys[layer], before, scatter)
+                add_to(self.base.parts.blocks[layer].mlp_out, product(delta_of(merge @ residuals, into)), attached)
+                if shifts is not None:
+                    residuals = residuals + shifts[:, place].to(residuals)
+                written.residuals[layer], written.maps[layer] = residuals, into
+                written.deltas[layer] = delta_of(merge @ residuals, into)
         return written
 
     def _in_double(self, norm: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -164,7 +164,7 @@ def delta_of(residuals: Tensor, into: Tensor) -> tuple[Tensor | None, Tensor]:
     return (None, residuals.T @ into) if len(residuals) >= residuals.shape[1] else (residuals.T, into)
 
 
-def merger(groups: Sequence[int] | None, facts: int) -> Tensor:
+def _merger(groups: Sequence[int] | None, facts: int) -> Tensor:
     """The matrix (groups, facts) that takes the mean over each group's facts."""
     if groups is None:
         return torch.eye(facts, dtype=torch.float64)
