@@ -46,13 +46,15 @@ class SettleOptions:
         settle: epochs at least; 0: as published, each fact's residuals follow from its own target alone.
         settle_lr: Adam's step size, times the length of an ordinary sum of a fact's residuals over the root of d_model,
             and, below 1, times the loss that there is at first: where little is missing, little is moved.
-        settle_kl: weight of KL(before || now) on ordinary text, and of that behind the facts' prompts about others.
+        settle_kl: weight of KL(before || now) on ordinary text.
+        settle_beside: weight of the same behind the facts' prompts about other subjects.
         settle_stop: a prompt whose loss is below it pulls no more.
     """
 
     settle: int = 3
     settle_lr: float = 0.03
     settle_kl: float = 3.0
+    settle_beside: float = 3.0
     settle_stop: float = 0.05
 
 
@@ -82,7 +84,8 @@ def settle(
     the gradient of
 
         mean over prompts of the mean over target tokens of -log p
-            +  settle_kl · (KL(before || now) on ordinary text  +  the same behind prompts about other subjects)
+            +  settle_kl · KL(before || now) on ordinary text
+            +  settle_beside · the same behind prompts about other subjects
 
     through the model with all of them written. Resumes from ``store``.
 
@@ -120,17 +123,20 @@ def settle(
     def loss(step: int) -> Tensor:
         draw = random.Random(f"{seed}/{step}")
         held = [
-            _said(base, draw.sample(rows, min(count, len(rows))), layers[0], last)
-            for rows, count, last in ((text, _TEXT_ROWS, False), (others, _BESIDE, True))
-            if rows and options.settle_kl
+            (weight, _said(base, draw.sample(rows, min(some, len(rows))), layers[0], last))
+            for weight, rows, some, last in (
+                (options.settle_kl, text, _TEXT_ROWS, False),
+                (options.settle_beside, others, _BESIDE, True),
+            )
+            if rows and weight
         ]
         with fast_attention(base.model):
             with torch.no_grad():
-                before = [said() for said in held]
+                before = [said() for _, said in held]
             with edited():
                 total = _fit(base, plan[step], layers[0], options.settle_stop)
-                for said, old in zip(held, before, strict=True):
-                    total = total + options.settle_kl * drift(said(), old, base.wide)
+                for (weight, said), old in zip(held, before, strict=True):
+                    total = total + weight * drift(said(), old, base.wide)
                 return total
 
     with torch.no_grad(), fast_attention(base.model), edited():
