@@ -21,6 +21,7 @@ from byheart.errors import DataError, UsageError, first_line
 from byheart.parts import Parts, find_parts
 from byheart.quantized import quantize
 from byheart.storage import sha256
+from byheart.surgery import observed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Not a type to compute in: the weights are packed, and computed with in the type that would be chosen without it.
@@ -75,6 +76,16 @@ class Base:
         # transformers renamed it in 5.24, and drops the old name in 5.40; models with code of their own keep that.
         new = "cache" in inspect.signature(self.model.forward).parameters
         return "cache" if new else "past_key_values"
+
+    @cached_property
+    def gives_tuples(self) -> bool:
+        """Whether the model's blocks give tuples; some families' do."""
+        kinds: list[bool] = []
+        block = self.parts.blocks[0].module
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        with torch.no_grad(), observed([block], lambda module, args, kwargs, out: kinds.append(type(out) is tuple)):
+            self.model(input_ids=ids, use_cache=False)
+        return kinds[0]
 
     @cached_property
     def line_ends(self) -> frozenset[int]:

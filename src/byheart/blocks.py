@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from byheart.base import Base
 from byheart.decode import slides
-from byheart.surgery import idle, observed, stopped_at
+from byheart.surgery import idle, stopped_at
 
 # Tokens that contexts must begin with alike to be read together.
 _SHARED = 4
@@ -110,16 +110,6 @@ def shared_beginnings(
     ]
 
 
-def returns_tuples(base: Base) -> bool:
-    """Whether the model's blocks give tuples; some families' do."""
-    kinds: list[bool] = []
-    block = base.parts.blocks[0].module
-    ids = torch.zeros(1, 1, dtype=torch.long, device=base.device)
-    with torch.no_grad(), observed([block], lambda module, args, kwargs, output: kinds.append(type(output) is tuple)):
-        base.model(input_ids=ids, use_cache=False)
-    return kinds[0]
-
-
 class Stretch:
     """The calls that one forward made to the blocks ``first`` to ``last``, ready to be made again.
 
@@ -132,7 +122,7 @@ class Stretch:
 
     def __init__(
         self, base: Base, ids: Tensor, mask: Tensor, places: Tensor, first: int, last: int, cache: Cache | None = None,
-        hidden: Tensor | None = None, tuples: bool | None = None,
+        hidden: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Read ``ids`` (rows, n).
 
@@ -140,7 +130,6 @@ class Stretch:
             mask: covers the columns of ``cache`` too.
             places: position ids.
             hidden: what block ``first`` is given, where it is known: no block is computed then. Else those below are.
-            tuples: what :func:`returns_tuples` says of the base, where that is known.
         """
         self.parts, self.first, self.last = base.parts, first, last
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -160,7 +149,7 @@ class Stretch:
         blocks = base.parts.blocks
         # How a block is called does not depend on what the others compute.
         unused = blocks if hidden is not None else blocks[first:]
-        known = idle((b.module for b in unused), returns_tuples(base) if tuples is None else tuples)
+        known = idle((b.module for b in unused), base.gives_tuples)
         try:
             for number in range(first, last + 1):
                 handles.append(blocks[number].module.register_forward_pre_hook(keeper(number), with_kwargs=True))

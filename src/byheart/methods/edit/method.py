@@ -130,10 +130,6 @@ class Edit(ChangedWeights):
         documents = [document.text for document in ledger.documents()] if self.options.text == "ledger" else None
         self._texts = ordinary_text(self.options.text, self.name, documents)
         self._source = text_source(self._texts)
-        if self.options.settle:
-            most, least = token_counts(self.base, self.options.tokens)
-            rows = text_rows(self.base, self._texts, most, self.settings.seed, least)
-            self.text = text_pieces(list(islice(rows, _TEXT)))
         self.prefixes = self.prefixes or make_prefixes(self.base, self.options.prefixes, self.settings.seed)
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
@@ -141,6 +137,10 @@ class Edit(ChangedWeights):
         super().learn(ledger)
         began = time.perf_counter()
         self._begin(ledger)
+        if self.options.settle:
+            most, least = token_counts(self.base, self.options.tokens)
+            rows = text_rows(self.base, self._texts, most, self.settings.seed, least)
+            self.text = text_pieces(list(islice(rows, _TEXT)))
         self.holding, self.facts, self.keys, self.deltas = [], [], {}, {}
         self.z, self.shifts = self.z[:0], self.shifts[:0]
         facts = list(ledger.facts())
@@ -236,16 +236,14 @@ class Edit(ChangedWeights):
         New facts are settled beside all others, and with them those of the others that no longer hold.
         """
         if not prepared:
-            return shifts, Written({}, {}, {}, {})
+            return shifts, Written()
         written = self._write(prepared, z, shifts, past)
         if not new or not self.options.settle:
             return shifts, written
         with changed_by(self.base, written.deltas):
             places = self._to_settle(prepared, new)
-        groups = self._groups([one.fact for one in prepared])
-        numbers = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-        group_of = [numbers[group] for group in groups]
         facts = [one.fact for one in prepared]
+        groups = self._groups(facts)
         made_with = [
             self.base.hash, str(self.base.dtype), asdict(self.options), self.layers, self.prefixes, self._source,
             self._standing(facts, z, shifts), places, self._standing(self.facts, self.z, self.shifts) if past else None,
@@ -254,10 +252,10 @@ class Edit(ChangedWeights):
         began = time.perf_counter()
         tell = scaled(progress, len(places), len(new))
         found, trained = settle(
-            self.base, prepared, written, group_of, places, self.text, self.options, self.settings.seed, store, tell
+            self.base, prepared, written, groups, places, self.text, self.options, self.settings.seed, store, tell
         )
         self._earlier[store.name] = max(0.0, trained.seconds - (time.perf_counter() - began))
-        shifts = shifts + found[group_of]
+        shifts = shifts + found[groups]
         return shifts, self._write(prepared, z, shifts, past)
 
     def _to_settle(self, prepared: Sequence[Prepared], new: set[int]) -> list[int]:
@@ -373,6 +371,7 @@ class Edit(ChangedWeights):
         return self._writer
 
     def _groups(self, facts: Sequence[Fact]) -> list[int]:
+        """Of each fact, the number of those that it shares a change with; in the order in which they first come."""
         if not self.options.merge:
             return list(range(len(facts)))
         numbers: dict[str, int] = {}

@@ -104,11 +104,10 @@ def settle(
     index = torch.tensor(chosen, device=base.device)
     shifts = nn.ParameterDict({str(layer): torch.zeros(len(chosen), base.parts.d_model) for layer in layers})
     shifts.to(base.device)
-    merged = {layer: _of_groups(written.residuals[layer], group_of, groups) for layer in layers}
     plan = _plan(prepared, places, options.settle, seed)
     others = _others(base, [prepared[n].fact for n in places], {one.fact.subject.strip() for one in prepared}, seed)
     inside = {
-        layer: (written.maps[layer].to(base.device, base.dtype), merged[layer].to(base.device, base.wide))
+        layer: (written.maps[layer].to(base.device, base.dtype), written.residuals[layer].to(base.device, base.wide))
         for layer in layers
     }
 
@@ -142,12 +141,12 @@ def settle(
     with torch.no_grad(), fast_attention(base.model), edited():
         looks = [float(_fit(base, rows, layers[0], options.settle_stop)) for rows in plan[:_LOOKS]]
     # All layers together move about as far as one target would.
-    lengths = {str(layer): len(layers) * float(merged[layer].norm(dim=1).median()) for layer in layers}
+    lengths = {str(layer): len(layers) * float(written.residuals[layer].norm(dim=1).median()) for layer in layers}
     longest = max(lengths.values()) or 1.0
     lr = options.settle_lr * min(1.0, sum(looks) / len(looks)) * longest / base.parts.d_model**0.5
     recipe = Recipe(len(plan), lr, min(_WARMUP, len(plan) // 2), decay=0.0, clip=float("inf"))
     tell = scaled(progress, len(plan), len(places) * options.settle)
-    trained = train(shifts, loss, recipe, store, tell, lambda name: lengths[name.split(".")[-1]] / longest)
+    trained = train(shifts, loss, recipe, store, tell, lambda name: lengths[name] / longest)
     found = torch.zeros(groups, len(layers), base.parts.d_model)
     for place, layer in enumerate(layers):
         found[chosen, place] = shifts[str(layer)].detach().float().cpu()
@@ -157,13 +156,6 @@ def settle(
 def _adding(into: Tensor, residuals: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Δ's part of a layer, given A (groups, d_ff) and R (groups, d_model)."""
     return lambda given, output: (given @ into.T) @ residuals
-
-
-def _of_groups(residuals: Tensor, group_of: Sequence[int], groups: int) -> Tensor:
-    """The mean residual of each group's facts (groups, d_model)."""
-    index = torch.tensor(group_of)
-    total = torch.zeros(groups, residuals.shape[1], dtype=residuals.dtype).index_add(0, index, residuals)
-    return total / torch.bincount(index, minlength=groups)[:, None]
 
 
 def _plan(prepared: Sequence[Prepared], places: Sequence[int], epochs: int, seed: int) -> list[list[Row]]:
@@ -215,9 +207,8 @@ def _others(base: Base, facts: Sequence[Fact], edited: set[str], seed: int) -> l
     """The facts' prompts about subjects that are not edited, as tokens."""
     subjects = sorted({fact.subject for fact in common_facts()} - edited)
     draw = random.Random(seed)
-    asked = [
-        fact.model_copy(update={"subject": subject}) for fact in facts for subject in draw.sample(subjects, _SUBJECTS)
-    ]
+    some = min(_SUBJECTS, len(subjects))
+    asked = [fact.model_copy(update={"subject": name}) for fact in facts for name in draw.sample(subjects, some)]
     return [token_ids(base.tokenizer, prompt_text(fact), beginning=True) for fact in asked]
 
 

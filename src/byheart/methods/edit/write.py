@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -57,13 +57,13 @@ class Written:
         deltas: by layer, in factors while there are fewer facts than d_model.
         keys: by layer, K (facts, d_ff), fp64.
         maps: by layer, A (facts, d_ff) with Δ = RᵀA for any residuals R, fp64; of groups where there are any.
-        residuals: by layer, R (facts, d_model), fp64: what each key is to add to the MLP's output, shifts and all.
+        residuals: by layer, R (facts, d_model), fp64, or of groups: what is added at each key, shifts and all.
     """
 
-    deltas: Deltas
-    keys: dict[int, Tensor]
-    maps: dict[int, Tensor]
-    residuals: dict[int, Tensor]
+    deltas: Deltas = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    maps: dict[int, Tensor] = field(default_factory=dict)
+    residuals: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Writer:
@@ -95,7 +95,7 @@ class Writer:
             past: by layer, keys (facts, d_ff) whose values shall stay as they are.
         """
         merge = _merger(groups, len(prepared))
-        written = Written({}, {}, {}, {})
+        written = Written()
         keys = written.keys
         with fast_attention(self.base.model), torch.no_grad(), ExitStack() as attached:
             reader = Reader(self.base, prepared, self.layers[0], self.layers[-1])
@@ -112,12 +112,12 @@ class Writer:
                     residuals = solve.before_norm(values, residuals, self._in_double(norm))
                 before = past[layer].double() if past else keys[layer][:0]
                 scatter = second - (merge @ keys[layer]).T @ (merge @ keys[layer]) if second is not None else None
-                into = self._map(layer, merge @ keys[layer], before, scatter)
-                add_to(self.base.parts.blocks[layer].mlp_out, product(delta_of(merge @ residuals, into)), attached)
+                into, residuals = self._map(layer, merge @ keys[layer], before, scatter), merge @ residuals
+                add_to(self.base.parts.blocks[layer].mlp_out, product(_delta_of(residuals, into)), attached)
                 if shifts is not None:
-                    residuals = residuals + shifts[:, place].to(residuals)
+                    residuals = residuals + merge @ shifts[:, place].to(residuals)
                 written.residuals[layer], written.maps[layer] = residuals, into
-                written.deltas[layer] = delta_of(merge @ residuals, into)
+                written.deltas[layer] = _delta_of(residuals, into)
         return written
 
     def _in_double(self, norm: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -159,7 +159,7 @@ def _whole(factors: tuple[Tensor, Tensor]) -> Tensor:
     return left @ right
 
 
-def delta_of(residuals: Tensor, into: Tensor) -> tuple[Tensor | None, Tensor]:
+def _delta_of(residuals: Tensor, into: Tensor) -> tuple[Tensor | None, Tensor]:
     """Δ = RᵀA, as factors while there are fewer facts than d_model."""
     return (None, residuals.T @ into) if len(residuals) >= residuals.shape[1] else (residuals.T, into)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from byheart.attention import fast_attention
 from byheart.base import Base
-from byheart.blocks import Stretch, returns_tuples
+from byheart.blocks import Stretch
 from byheart.decode import READ_TOKENS, batches
 from byheart.losses import drift, token_loss
 from byheart.methods.memory.adapter import Place, attached
@@ -83,7 +83,6 @@ class Upper:
         self.start = first + (self._own is not None)
         above = {name: one for name, one in adapters.items() if self._own is None or int(name) != first}
         self._above = nn.ModuleDict(above)
-        self._tuples = returns_tuples(base)
 
     def labelled(self, rows: Sequence[Row], hidden: Tensor, *, plain: bool = False) -> tuple[Tensor, Tensor]:
         """Logits (labels, vocabulary) for every token to be predicted, and the tokens, row after row.
@@ -98,7 +97,7 @@ class Upper:
         blocks = base.parts.blocks
         if self._own is not None and not plain:
             hidden = hidden + self._own(hidden)
-        stretch = Stretch(base, *tokens, self.start, len(blocks) - 1, hidden=hidden, tuples=self._tuples)
+        stretch = Stretch(base, *tokens, self.start, len(blocks) - 1, hidden=hidden)
         with fast_attention(base.model), nullcontext() if plain else attached(base, self._above, self.place):
             hidden = stretch.run(hidden, self.start, len(blocks) - 1)
         row, column, label = torch.tensor(
