@@ -20,7 +20,7 @@ from torch import Tensor
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.decode import Job, complete
-from byheart.errors import DataError, UsageError
+from byheart.errors import DataError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.edit import guard
@@ -94,8 +94,6 @@ class Edit(ChangedWeights):
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
         self.options = parse_options(EditOptions, self.name, settings.options)
-        if self.options.settle < 0:
-            raise UsageError(f"--set edit.settle={self.options.settle}: must be at least 0")
         self.layers = choose_layers(base, self.options.layers)
         self.holding: list[Fact] = []  # all facts that hold, those that cannot be written among them
         self.facts: list[Fact] = []
