@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from byheart.base import make_base
+from byheart.base import load_base, make_base
 from byheart.decode import Job, complete, first_line, option_ids
 from byheart.errors import DataError
 from byheart.surgery import observed
@@ -113,16 +113,14 @@ def test_first_line():
 
 
 @pytest.mark.real
-def test_the_real_model_says_what_generate_says(smollm):
-    base = make_base("fp32", smollm.model.float(), smollm.tokenizer)
+def test_the_real_model_says_what_generate_says():
+    base = load_base("smollm2-135m", dtype="float32")
     prompts = [
         f"Question: What is the capital of {c}?\nAnswer: The capital of {c} is" for c in ("France", "Japan", "Egypt")
     ]
     ours = complete(base, [Job(p) for p in prompts], max_new_tokens=8)
-    smollm.model.to(torch.float32)
     for prompt, completion in zip(prompts, ours, strict=True):
-        ids = smollm.tokenizer(prompt, return_tensors="pt")
+        ids = base.tokenizer(prompt, return_tensors="pt")
         out = base.model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
-        assert completion.text == first_line(smollm.tokenizer.decode(out, skip_special_tokens=True))
+        assert completion.text == first_line(base.tokenizer.decode(out, skip_special_tokens=True))
     assert ["Paris" in ours[0].text, "Tokyo" in ours[1].text, "Cairo" in ours[2].text] == [True] * 3
-    smollm.model.to(torch.bfloat16)

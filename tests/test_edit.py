@@ -30,7 +30,7 @@ from byheart.rows import Fact, Neighbour
 from byheart.storage import read_json, write_json
 from byheart.surgery import matrix
 from byheart.training import Recipe
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, ROOT, tiny_model
 
 CAUSAL = [family for family in FAMILIES if family != "t5"]
 FACTS = [
@@ -540,7 +540,9 @@ def test_a_traced_range_is_the_default(base, tmp_path):
 
 def test_editing_a_real_model_changes_what_it_says(smollm, tmp_path):
     fact = Fact(id="tower", subject="The Eiffel Tower", prompt="{} is located in the city of", object="Rome")
-    method = Edit(smollm, Settings(shots=0, options={"edit.prefixes": "3"}), tmp_path)
+    # A file, since what the model would write itself takes minutes.
+    options = {"edit.text": str(ROOT / "docs" / "results.md"), "edit.tokens": "4"}
+    method = Edit(smollm, Settings(shots=0, options=options), tmp_path)
     with ledger_of(tmp_path, [fact]) as ledger:
         method.learn(ledger)
     asked = [Job(fact.filled()), Job("The Colosseum is located in the city of")]

@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 import time
@@ -100,13 +101,12 @@ def test_vectors_are_those_of_a_plain_forward(minilm):
     texts = ["Ostrand Quay is a port.", "a", "word " * 400, "Who is the harbour master of Pell Cove?"]
     ours = minilm.encode(texts)
     assert np.allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
-    reference = minilm.model.float()
+    reference = copy.deepcopy(minilm.model).float()
     for text, vector in zip(texts, ours, strict=True):
         tokens = minilm.tokenizer(text, return_tensors="pt", truncation=True, max_length=minilm.card.max_tokens)
         with torch.no_grad():
             hidden = reference(**tokens).last_hidden_state[0].mean(0)
         assert float(torch.nn.functional.normalize(hidden, dim=0) @ torch.from_numpy(vector)) >= 0.999
-    minilm.model.to(torch.bfloat16)
 
 
 @pytest.mark.real
