@@ -174,7 +174,9 @@ def test_edit_undo_export_and_trace(tmp_path, smollm):
     ]
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps({"type": "fact"} | fact) + "\n" for fact in facts))
     byheart("ledger", "add", "l.db", "facts.jsonl", cwd=tmp_path)
-    fast = ("--set", "edit.prefixes=2", "--set", "edit.tokens=1", "--set", "edit.steps=8")
+    # What text the model would write itself, and how facts settle, other tests see; here both would take minutes.
+    quick = ("prefixes=2", "tokens=1", "steps=8", "settle=0", f"text={ROOT / 'docs' / 'results.md'}")
+    fast = [word for one in quick for word in ("--set", f"edit.{one}")]
     done = byheart("learn", "edit", "l.db", "--out", "known", "--json", *fast, cwd=tmp_path)
     record = json.loads(done.stdout)
     assert done.returncode == 0 and record["facts"] == 2 and set(record["skipped_rows"]) == {"master", "rival"}

@@ -30,6 +30,7 @@ class Recipe:
         lr: the highest step size, reached after ``warmup`` steps; it falls to zero along a half cosine.
         decay: weight decay, decoupled (AdamW; Loshchilov and Hutter 2019).
         clip: the longest gradient.
+        beta2: how much of the second moment each step keeps; with less, large gradients of the start are forgotten.
     """
 
     steps: int
@@ -37,6 +38,7 @@ class Recipe:
     warmup: int = 10
     decay: float = 0.05
     clip: float = 10.0
+    beta2: float = 0.999
 
     def rate(self, step: int) -> float:
         """The step size of step number ``step``, from 0."""
@@ -106,7 +108,7 @@ def train(
     """
     named = {name: one for name, one in module.named_parameters() if one.requires_grad}
     groups = [{"params": [one], "rate": rates(name)} for name, one in named.items()]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.decay, betas=(0.9, recipe.beta2))
     done = _resume(named, optimizer, store)
     progress(len(done.losses))
     saved = time.perf_counter()

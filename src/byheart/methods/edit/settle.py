@@ -33,9 +33,9 @@ _BESIDE, _SUBJECTS = 8, 2
 # Of an epoch, the prompts of a fact that are read behind prefixes; the bare one is always.
 _OTHERS = 1
 # A few facts take few steps an epoch; so many are taken all the same.
-_LEAST_STEPS, _WARMUP = 24, 10
-# Steps whose prompts say how much is missing at first.
-_LOOKS = 8
+_LEAST_STEPS, _WARMUP = 12, 10
+# A fact's prompts come twice an epoch, and their gradients are large at first only; by the end that is forgotten.
+_BETA2 = 0.99
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,14 @@ class SettleOptions:
 
     Attributes:
         settle: epochs at least; 0: as published, each fact's residuals follow from its own target alone.
-        settle_lr: Adam's step size, times the length of an ordinary sum of a fact's residuals over the root of d_model,
-            and, below 1, times the loss that there is at first: where little is missing, little is moved.
+        settle_lr: Adam's step size, times the length of an ordinary sum of a fact's residuals over the root of d_model.
         settle_kl: weight of KL(before || now) on ordinary text.
         settle_beside: weight of the same behind the facts' prompts about other subjects.
         settle_stop: a prompt whose loss is below it pulls no more.
     """
 
     settle: int = 3
-    settle_lr: float = 0.03
+    settle_lr: float = 0.01
     settle_kl: float = 3.0
     settle_beside: float = 3.0
     settle_stop: float = 0.05
@@ -138,13 +137,11 @@ def settle(
                     total = total + weight * drift(said(), old, base.wide)
                 return total
 
-    with torch.no_grad(), fast_attention(base.model), edited():
-        looks = [float(_fit(base, rows, layers[0], options.settle_stop)) for rows in plan[:_LOOKS]]
     # All layers together move about as far as one target would.
     lengths = {str(layer): len(layers) * float(written.residuals[layer].norm(dim=1).median()) for layer in layers}
     longest = max(lengths.values()) or 1.0
-    lr = options.settle_lr * min(1.0, sum(looks) / len(looks)) * longest / base.parts.d_model**0.5
-    recipe = Recipe(len(plan), lr, min(_WARMUP, len(plan) // 2), decay=0.0, clip=float("inf"))
+    lr = options.settle_lr * longest / base.parts.d_model**0.5
+    recipe = Recipe(len(plan), lr, min(_WARMUP, len(plan) // 2), decay=0.0, clip=float("inf"), beta2=_BETA2)
     tell = scaled(progress, len(plan), len(places) * options.settle)
     trained = train(shifts, loss, recipe, store, tell, lambda name: lengths[name] / longest)
     found = torch.zeros(groups, len(layers), base.parts.d_model)
