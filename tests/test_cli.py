@@ -195,7 +195,7 @@ def test_edit_undo_export_and_trace(tmp_path, smollm):
     assert done.returncode == 0 and "followed 1 changes" in done.stdout, done.stderr
     done = byheart("undo", "known", "master", cwd=tmp_path)
     assert "left: 1 facts" in done.stdout
-    done = byheart("trace", "--limit", "8", "--samples", "1", "--out", "t", cwd=tmp_path, BYHEART_HOME=_home(tmp_path))
+    done = byheart("trace", "--limit", "3", "--samples", "1", "--out", "t", cwd=tmp_path, BYHEART_HOME=_home(tmp_path))
     assert done.returncode == 0 and done.stdout.startswith("layers ")
     assert (tmp_path / "t" / "trace.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "t" / "report.html").read_text()

@@ -315,6 +315,34 @@ def test_a_retracted_rival_lets_the_other_in(base, tmp_path):
     assert [fact.id for fact in method.facts] == ["quay", "cove"] and not method.skipped
 
 
+def test_what_was_taken_out_stays_out_where_a_gate_refuses_what_that_let_in(base, tmp_path, monkeypatch):
+    rival = FACTS[1].model_copy(update={"id": "rival", "object": "smoked eel"})
+    method = learnt(base, tmp_path, [FACTS[0], FACTS[1], rival], gate="rollback", max_perplexity=1e9, max_neighbours=1)
+    monkeypatch.setattr(guard, "drift_notes", lambda *given: ("too far", False))
+    with ledger_of(tmp_path, [FACTS[0], FACTS[1], rival]) as ledger:
+        start = ledger.revision
+        ledger.retract("fact", "rival")
+        (change,) = ledger.history(since=start)
+    method.revise(change)
+    assert [fact.id for fact in method.holding] == [fact.id for fact in method.facts] == ["quay"]
+    assert method.skipped["cove"] == "rolled back by the gate"
+
+
+def test_an_undone_fact_of_a_merged_change_is_not_held_up_by_the_gate(base, tmp_path, monkeypatch):
+    method = learnt(base, tmp_path, gate="rollback", max_perplexity=1e9, max_neighbours=1, merge="true")
+    monkeypatch.setattr(guard, "drift_notes", lambda *given: ("too far", False))
+    method.undo(["mora-2"])
+    assert [fact.id for fact in method.facts] == ["quay", "cove", "mora"]
+
+
+def test_undoing_tells_of_what_it_lets_in(base, tmp_path):
+    twin = FACTS[0].model_copy(update={"id": "twin"})
+    method = learnt(base, tmp_path, [FACTS[0], twin])
+    report = method.undo(["quay"])
+    assert [fact.id for fact in method.facts] == ["twin"]
+    assert any("nothing stands against it any more: twin" in note for note in report.notes)
+
+
 def test_the_text_of_an_edit_need_not_be_at_hand_to_undo(base, tmp_path):
     method = learnt(base, tmp_path, text="ledger", tokens=1)
     method.save_pretrained(tmp_path / "kept")
@@ -479,6 +507,9 @@ def test_options_are_checked(base, tmp_path):
         ("edit.magic=1", "no such option"),
         ("edit.merge=perhaps", "true or false"),
         ("edit.settle=-1", "at least 0"),
+        ("edit.steps=1", "at least 2"),
+        ("edit.energy=1", "below 1"),
+        ("edit.layers=²", "FIRST-LAST"),
     ]:
         key, _, value = option.partition("=")
         with pytest.raises(UsageError, match=says):

@@ -164,15 +164,10 @@ class _Lesson:
 
     def __init__(self, base: Base, prepared: Sequence[Prepared], layer: int) -> None:
         rows = [one.rows[0] for one in prepared]
-        whole = [(*row.context, *row.tail) for row in rows]
-        tokens = right_padded(whole, base.device)
+        tokens = right_padded([row.tokens for row in rows], base.device)
         self.parts, self.layer = base.parts, layer
         self.stretch = Stretch(base, *tokens, layer, len(base.parts.blocks) - 1)
-        entries = [
-            (n, len(whole[n]) - len(row.labels) + k, label)
-            for n, row in enumerate(rows)
-            for k, label in enumerate(row.labels)
-        ]
+        entries = [(n, len(row.context) + at, label) for n, row in enumerate(rows) for at, label in row.places]
         self.row, self.column, self.label = torch.tensor(entries, device=base.device).T
 
     def gradient(self, module: Any, delta: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def choose_layers(base: Base, text: str) -> tuple[int, ...]:
     depth = len(base.parts.blocks)
     if text != "auto":
         first, _, last = text.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
+        if not first.isdecimal() or not (last or first).isdecimal():
             raise UsageError(f"--set edit.layers={text}: must be FIRST-LAST, such as 3-7, or auto")
         start, end = int(first), int(last or first)
     else:

@@ -20,14 +20,14 @@ from torch import Tensor
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.decode import Job, complete
-from byheart.errors import DataError
+from byheart.errors import DataError, UsageError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.edit import guard
 from byheart.methods.edit.covariance import second_moments, token_counts
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare, prompt_text, target_text
-from byheart.methods.edit.settle import SettleOptions, settle, text_pieces
+from byheart.methods.edit.settle import VERSION, SettleOptions, settle, text_pieces
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, changed_by, delta_bytes, stacked
 from byheart.methods.edit.write import Reader, WriteOptions, Writer, Written
@@ -94,6 +94,12 @@ class Edit(ChangedWeights):
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
         self.options = parse_options(EditOptions, self.name, settings.options)
+        for name, fine, must in (
+            ("steps", self.options.steps > 1, "at least 2"),
+            ("energy", self.options.energy < 1, "below 1"),
+        ):
+            if not fine:
+                raise UsageError(f"--set edit.{name}={getattr(self.options, name)}: must be {must}")
         self.layers = choose_layers(base, self.options.layers)
         self.holding: list[Fact] = []  # all facts that hold, those that cannot be written among them
         self.facts: list[Fact] = []
@@ -140,6 +146,7 @@ class Edit(ChangedWeights):
             rows = text_rows(self.base, self._texts, most, self.settings.seed, least)
             self.text = text_pieces(list(islice(rows, _TEXT)))
         self.holding, self.facts, self.keys, self.deltas = [], [], {}, {}
+        self.skipped, self._writer, self._earlier = {}, None, {}
         self.z, self.shifts = self.z[:0], self.shifts[:0]
         facts = list(ledger.facts())
         notes: list[str] = []
@@ -165,7 +172,8 @@ class Edit(ChangedWeights):
     def undo(self, ids: Sequence[str]) -> LearnReport:
         """Take facts out again.
 
-        No target is sought anew; only where facts were written as one with an undone one (``merge``), theirs are.
+        No target is sought anew, but for facts that were written as one with an undone one (``merge``), and for those
+        that were held back by it; the report names the latter.
 
         Raises:
             DataError: where one of them was not written; nothing changes then.
@@ -175,7 +183,11 @@ class Edit(ChangedWeights):
             if id not in {fact.id for fact in self.facts}:
                 why = f" (skipped when it was learnt: {self.skipped[id]})" if id in self.skipped else ""
                 raise DataError(f'edit: holds no fact "{id}"{why}')
+        before = {fact.id for fact in self.facts}
         notes = self._follow([fact for fact in self.holding if fact.id not in ids])
+        come = [fact.id for fact in self.facts if fact.id not in before]
+        if come:
+            notes += (f"written now, since nothing stands against it any more: {', '.join(come)}",)
         return self._report(time.perf_counter() - began, notes)
 
     # -- following a set of facts ----------------------------------------------------------------------------
@@ -204,7 +216,8 @@ class Edit(ChangedWeights):
             there = {fact.id for fact in holding}
             refused = {id: why for id, why in self.skipped.items() if why == _REFUSED and id not in there}
             self.holding, self.skipped = list(holding), refused | skipped | more
-            return self._guarded(before, [one.fact for one in new.values()])
+            had = {fact.id: fact for fact in before["facts"]}
+            return self._guarded(before, [one.fact for one in new.values() if had.get(one.fact.id) != one.fact])
         except BaseException:
             vars(self).update(before)
             raise
@@ -243,8 +256,9 @@ class Edit(ChangedWeights):
         facts = [one.fact for one in prepared]
         groups = self._groups(facts)
         made_with = [
-            self.base.hash, str(self.base.dtype), asdict(self.options), self.layers, self.prefixes, self._source,
-            self._standing(facts, z, shifts), places, self._standing(self.facts, self.z, self.shifts) if past else None,
+            VERSION, self.base.hash, str(self.base.dtype), asdict(self.options), self.layers, self.prefixes,
+            self._source, self._standing(facts, z, shifts), places,
+            self._standing(self.facts, self.z, self.shifts) if past else None,
         ]  # fmt: skip
         store = self.work / "edit" / f"settling-{fingerprint(*made_with)}.safetensors"
         began = time.perf_counter()
@@ -293,8 +307,14 @@ class Edit(ChangedWeights):
         said, within = guard.drift_notes(standing, after, options.max_perplexity, options.max_neighbours)
         notes += (said,)
         if not within and options.gate == "rollback":
+            gone = {fact.id for fact in before["holding"]} - {fact.id for fact in self.holding}
             vars(self).update(before)
-            self.skipped = self.skipped | {fact.id: _REFUSED for fact in new}
+            refused = {fact.id: _REFUSED for fact in new}
+            if gone:  # what was taken out stays out; what that let in does not come in
+                held = {fact.id for fact in self.facts}
+                out = gone | (refused.keys() - held)
+                notes += self._follow([fact for fact in self.holding if fact.id not in out])
+            self.skipped = self.skipped | refused
             notes += (f"past the gate's limits: {len(new)} facts rolled back",)
         elif not within:
             notes += ("warning: past the gate's limits; --gate rolls such an edit back",)
@@ -376,8 +396,10 @@ class Edit(ChangedWeights):
         return [numbers.setdefault(fact.subject.strip(), len(numbers)) for fact in facts]
 
     def _report(self, seconds: float, notes: tuple[str, ...]) -> LearnReport:
+        seconds += sum(self._earlier.values())
+        self._earlier = dict.fromkeys(self._earlier, 0.0)  # told once
         return LearnReport(
-            seconds=seconds + sum(self._earlier.values()),
+            seconds=seconds,
             bytes=delta_bytes(self.deltas),
             facts=len(self.facts),
             skipped=dict(Counter(self.skipped.values())),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -37,6 +37,16 @@ class Row:
     context: tuple[int, ...]
     tail: tuple[int, ...]
     labels: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All of them."""
+        return (*self.context, *self.tail)
+
+    @property
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Each label with the place in the tail that predicts it."""
+        return zip(range(len(self.tail) - len(self.labels), len(self.tail)), self.labels, strict=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,10 @@ _OTHERS = 1
 _LEAST_STEPS, _WARMUP = 12, 10
 # A fact's prompts come twice an epoch, and their gradients are large at first only; by the end that is forgotten.
 _BETA2 = 0.99
+# Of the longest residual, what counts as none.
+_HARDLY = 0.01
+# Counts up with whatever else changes is made of the same options: finished work of before is not taken for this.
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -137,13 +141,15 @@ def settle(
                     total = total + weight * drift(said(), old, base.wide)
                 return total
 
-    # All layers together move about as far as one target would.
-    lengths = {str(layer): len(layers) * float(written.residuals[layer].norm(dim=1).median()) for layer in layers}
-    longest = max(lengths.values()) or 1.0
+    # An ordinary one of those that change; what the model said before has hardly any residual, and is not ordinary.
+    own = {str(layer): written.residuals[layer][chosen].norm(dim=1) for layer in layers}
+    least = _HARDLY * max(float(one.max()) for one in own.values())
+    lengths = {name: len(layers) * float(one[one >= least].median()) for name, one in own.items() if any(one >= least)}
+    longest = max(lengths.values(), default=1.0) or 1.0
     lr = options.settle_lr * longest / base.parts.d_model**0.5
     recipe = Recipe(len(plan), lr, min(_WARMUP, len(plan) // 2), decay=0.0, clip=float("inf"), beta2=_BETA2)
     tell = scaled(progress, len(plan), len(places) * options.settle)
-    trained = train(shifts, loss, recipe, store, tell, lambda name: lengths[name] / longest)
+    trained = train(shifts, loss, recipe, store, tell, lambda name: lengths.get(name, longest) / longest)
     found = torch.zeros(groups, len(layers), base.parts.d_model)
     for place, layer in enumerate(layers):
         found[chosen, place] = shifts[str(layer)].detach().float().cpu()
@@ -167,34 +173,26 @@ def _plan(prepared: Sequence[Prepared], places: Sequence[int], epochs: int, seed
             bare, *others = prepared[n].rows
             rows += [bare, *draw.sample(others, min(_OTHERS, len(others)))]
         # Not quite by length, so that the same prompts do not always stand together.
-        rows.sort(key=lambda row: _length(row) + 4 * draw.random())
+        rows.sort(key=lambda row: len(row.tokens) + 4 * draw.random())
         cuts, widest = [0], 0
         for n, row in enumerate(rows):
-            widest = max(widest, _length(row))
+            widest = max(widest, len(row.tokens))
             if n > cuts[-1] and (n + 1 - cuts[-1]) * widest > _TOKENS:
                 cuts.append(n)
-                widest = _length(row)
+                widest = len(row.tokens)
         made = [rows[start:end] for start, end in pairwise([*cuts, len(rows)])]
         draw.shuffle(made)
         steps += made
     return steps
 
 
-def _length(row: Row) -> int:
-    return len(row.context) + len(row.tail)
-
-
 def _fit(base: Base, rows: Sequence[Row], first: int, stop: float) -> Tensor:
     """The mean over rows of the mean -log p of a target token; rows below ``stop`` do not pull."""
-    stretch, _ = _read(base, [(*row.context, *row.tail) for row in rows], first)
+    stretch, _ = _read(base, [row.tokens for row in rows], first)
     out = stretch.run(stretch.hidden, first, stretch.last)
-    at = [
-        (n, _length(row) - len(row.labels) + k, label, 1 / len(row.labels))
-        for n, row in enumerate(rows)
-        for k, label in enumerate(row.labels)
-    ]
-    number, column, label = (torch.tensor([one[k] for one in at], device=base.device) for k in range(3))
-    share = torch.tensor([one[3] for one in at], device=base.device, dtype=base.wide)
+    entries = [(n, len(row.context) + at, label) for n, row in enumerate(rows) for at, label in row.places]
+    number, column, label = torch.tensor(entries, device=base.device).T
+    share = torch.tensor([1 / len(row.labels) for row in rows], device=base.device, dtype=base.wide)[number]
     nll, _ = token_loss(base.parts.logits(out[number, column]), label, base.wide)
     each = torch.zeros(len(rows), dtype=base.wide, device=base.device).index_add(0, number, nll * share)
     return torch.where(each.detach() > stop, each, each.detach()).mean()
@@ -202,11 +200,21 @@ def _fit(base: Base, rows: Sequence[Row], first: int, stop: float) -> Tensor:
 
 def _others(base: Base, facts: Sequence[Fact], edited: set[str], seed: int) -> list[list[int]]:
     """The facts' prompts about subjects that are not edited, as tokens."""
-    subjects = sorted({fact.subject for fact in common_facts()} - edited)
+    named = [_words(name) for name in edited]
+    # One that is part of an edited one's name, or the other way round, may well be the same thing.
+    subjects = sorted(
+        name
+        for name in {fact.subject for fact in common_facts()}
+        if not any(_words(name) in one or one in _words(name) for one in named)
+    )
     draw = random.Random(seed)
     some = min(_SUBJECTS, len(subjects))
     asked = [fact.model_copy(update={"subject": name}) for fact in facts for name in draw.sample(subjects, some)]
     return [token_ids(base.tokenizer, prompt_text(fact), beginning=True) for fact in asked]
+
+
+def _words(name: str) -> str:
+    return f" {name.casefold()} "
 
 
 def _said(base: Base, rows: Sequence[Sequence[int]], first: int, last: bool) -> Callable[[], Tensor]:

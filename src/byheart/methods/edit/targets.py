@@ -219,9 +219,9 @@ class _Batch:
         stretch = _read_tails(base, rows, layer)
         members = torch.bincount(group).to(wide)
         entries = [
-            (n, len(row.tail) - len(row.labels) + k, label, len(row.labels) * len(prepared[int(fact[n])].rows))
+            (n, at, label, len(row.labels) * len(prepared[int(fact[n])].rows))
             for n, row in enumerate(rows)
-            for k, label in enumerate(row.labels)
+            for at, label in row.places
         ]
         row, column, label, parts_of = torch.tensor(entries, device=device).T
         essence_row = torch.tensor([n for n, one in enumerate(rows) if not one.labels], device=device)
