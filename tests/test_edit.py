@@ -18,11 +18,13 @@ from byheart.losses import drift
 from byheart.methods import Settings, method_class
 from byheart.methods.edit import guard
 from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, trace
+from byheart.methods.edit.common_facts import common_facts
 from byheart.methods.edit.covariance import token_counts
 from byheart.methods.edit.export import export_merged, export_peft
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.method import Edit
 from byheart.methods.edit.prompts import find_lookup, prepare, prompt_text, target_text, tokenize
+from byheart.methods.edit.settle import _others
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.write import Reader
 from byheart.padding import right_padded
@@ -142,6 +144,15 @@ def test_settled_facts_are_said_beside_all_others(base, tmp_path):
     assert torch.equal(settled.shifts, shifts[[0, 2, 3]])
     settled.undo([fact.id for fact in FACTS if fact.id != "cove"])
     assert same(weights_with(settled), weights(base)) and not settled.deltas
+
+
+def test_prompts_about_others_name_nobody_who_is_edited(base):
+    names = {fact.subject for fact in common_facts()}
+    kept = next(iter(sorted(names)))
+    edited = {f"the {name}" if n % 2 else name.upper() for n, name in enumerate(sorted(names - {kept}))}
+    rows = _others(base, FACTS, edited, 0)
+    assert len(rows) == len(FACTS) and all(kept in base.tokenizer.decode(row) for row in rows)
+    assert _others(base, FACTS, names, 0) == []
 
 
 def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, monkeypatch):
