@@ -55,7 +55,7 @@ def facts(count: int) -> list[Fact]:
 def serial_target(base: Base, one: Prepared, layer: int, options: TargetOptions, lr: float) -> Tensor:
     """The published procedure for one fact: each step a full forward of all rows, from embeddings to all logits."""
     rows = [*one.rows, one.essence]
-    whole = [[*row.context, *row.tail] for row in rows]
+    whole = [list(row.tokens) for row in rows]
     width = max(map(len, whole))
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in whole])
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in whole])

@@ -16,7 +16,7 @@ from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.losses import drift
 from byheart.methods import Settings, method_class
-from byheart.methods.edit import guard
+from byheart.methods.edit import guard, solve
 from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, trace
 from byheart.methods.edit.common_facts import common_facts
 from byheart.methods.edit.covariance import token_counts
@@ -146,9 +146,15 @@ def test_settled_facts_are_said_beside_all_others(base, tmp_path):
     assert same(weights_with(settled), weights(base)) and not settled.deltas
 
 
+def test_a_layer_that_takes_no_share_is_not_settled(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(solve, "share", lambda how, place, layers: float(place == layers - 1))
+    method = learnt(base, tmp_path, settle=2)
+    assert not method.shifts[:, 0].any() and method.shifts[:, 1].any()
+
+
 def test_prompts_about_others_name_nobody_who_is_edited(base):
     names = {fact.subject for fact in common_facts()}
-    kept = next(iter(sorted(names)))
+    kept = min(names)
     edited = {f"the {name}" if n % 2 else name.upper() for n, name in enumerate(sorted(names - {kept}))}
     rows = _others(base, FACTS, edited, 0)
     assert len(rows) == len(FACTS) and all(kept in base.tokenizer.decode(row) for row in rows)

@@ -94,12 +94,10 @@ class Edit(ChangedWeights):
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
         self.options = parse_options(EditOptions, self.name, settings.options)
-        for name, fine, must in (
-            ("steps", self.options.steps > 1, "at least 2"),
-            ("energy", self.options.energy < 1, "below 1"),
-        ):
-            if not fine:
-                raise UsageError(f"--set edit.{name}={getattr(self.options, name)}: must be {must}")
+        if self.options.steps < 2:
+            raise UsageError(f"--set edit.steps={self.options.steps}: must be at least 2")
+        if self.options.energy >= 1:
+            raise UsageError(f"--set edit.energy={self.options.energy}: must be below 1")
         self.layers = choose_layers(base, self.options.layers)
         self.holding: list[Fact] = []  # all facts that hold, those that cannot be written among them
         self.facts: list[Fact] = []

@@ -142,14 +142,15 @@ def settle(
                 return total
 
     # An ordinary one of those that change; what the model said before has hardly any residual, and is not ordinary.
-    own = {str(layer): written.residuals[layer][chosen].norm(dim=1) for layer in layers}
-    least = _HARDLY * max(float(one.max()) for one in own.values())
-    lengths = {name: len(layers) * float(one[one >= least].median()) for name, one in own.items() if any(one >= least)}
-    longest = max(lengths.values(), default=1.0) or 1.0
+    own = torch.stack([written.residuals[layer][chosen].norm(dim=1) for layer in layers])
+    whole = own.sum(0)
+    ordinary = len(layers) * own[:, whole >= _HARDLY * whole.max()].median(1).values
+    lengths = {str(layer): float(length) for layer, length in zip(layers, ordinary, strict=True)}
+    longest = max(lengths.values()) or 1.0
     lr = options.settle_lr * longest / base.parts.d_model**0.5
     recipe = Recipe(len(plan), lr, min(_WARMUP, len(plan) // 2), decay=0.0, clip=float("inf"), beta2=_BETA2)
     tell = scaled(progress, len(plan), len(places) * options.settle)
-    trained = train(shifts, loss, recipe, store, tell, lambda name: lengths.get(name, longest) / longest)
+    trained = train(shifts, loss, recipe, store, tell, lambda name: lengths[name] / longest)
     found = torch.zeros(groups, len(layers), base.parts.d_model)
     for place, layer in enumerate(layers):
         found[chosen, place] = shifts[str(layer)].detach().float().cpu()
