@@ -23,14 +23,15 @@ from byheart.methods.edit.covariance import token_counts
 from byheart.methods.edit.export import export_merged, export_peft
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.method import Edit
+from byheart.methods.edit.others import about_others, names_in
 from byheart.methods.edit.prompts import find_lookup, prepare, prompt_text, target_text, tokenize
-from byheart.methods.edit.settle import _others
+from byheart.methods.edit.settle import _changed_most
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.write import Reader
 from byheart.padding import right_padded
 from byheart.rows import Fact, Neighbour
 from byheart.storage import read_json, write_json
-from byheart.surgery import matrix
+from byheart.surgery import matrix, observed, widened
 from byheart.training import Recipe
 from conftest import FAMILIES, ROOT, tiny_model
 
@@ -156,9 +157,30 @@ def test_prompts_about_others_name_nobody_who_is_edited(base):
     names = {fact.subject for fact in common_facts()}
     kept = min(names)
     edited = {f"the {name}" if n % 2 else name.upper() for n, name in enumerate(sorted(names - {kept}))}
-    rows = _others(base, FACTS, edited, 0)
+    rows = about_others(base, FACTS, edited, [], 2, 0)
     assert len(rows) == len(FACTS) and all(kept in base.tokenizer.decode(row) for row in rows)
-    assert _others(base, FACTS, names, 0) == []
+    assert about_others(base, FACTS, names, ["the " + kept], 2, 0) == []
+
+
+def test_names_are_capitalised_runs_within_sentences():
+    text = "Then came Ann Lee, old Bo, Cy and the Élise Müller Hall in Rio. Soon a Very Long Name Of Five left. So On"
+    assert names_in([text], 9, 0) == ["Ann Lee", "Bo", "Cy", "Rio", "Élise Müller Hall"]
+    assert len(names_in([text], 2, 0)) == 2 and names_in(["彼は東京に行った。"], 9, 0) == []
+
+
+def test_what_an_edit_changes_most_is_held_still(base):
+    rows = [list(range(5 + n, 9 + n + n % 2)) for n in range(8)]
+    out = base.parts.blocks[0].mlp_out
+    seen = []
+    with observed([out], lambda module, args, kwargs, output: seen.append(args[0][:, -1])), torch.no_grad():
+        for row in rows:
+            base.model(input_ids=torch.tensor([row]))
+
+    def changed(given, output):  # what stands behind rows 3 and 6
+        sizes = {3: 2.0, 6: 5.0}
+        return sum(torch.isclose(given, seen[n], atol=1e-5).all(-1, keepdim=True) * sizes[n] for n in sizes) * output
+
+    assert _changed_most(base, rows, lambda: widened(out, changed), 0) == [rows[6], rows[3]]
 
 
 def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, monkeypatch):

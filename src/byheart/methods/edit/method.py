@@ -26,6 +26,7 @@ from byheart.methods.contract import LearnReport, Progress, Settings, parse_opti
 from byheart.methods.edit import guard
 from byheart.methods.edit.covariance import second_moments, token_counts
 from byheart.methods.edit.layers import choose_layers
+from byheart.methods.edit.others import names_in
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare, prompt_text, target_text
 from byheart.methods.edit.settle import VERSION, SettleOptions, settle, text_pieces
 from byheart.methods.edit.targets import TargetOptions, find_targets
@@ -40,8 +41,9 @@ from byheart.storage import fingerprint, replacing
 _REFUSED = "rolled back by the gate"
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
 _STEP = 32
-# Rows of ordinary text that are kept with an edit, so that a later fact can be settled beside it.
-_TEXT = 120
+# Rows of ordinary text, and names out of so many of them, that are kept with an edit, so that a later fact can be
+# settled beside them.
+_TEXT, _NAMED, _NAMES = 120, 4000, 4000
 # What follows from the facts that hold; all of it changes, or nothing does.
 _STATE = ("holding", "facts", "z", "shifts", "keys", "deltas", "skipped")
 
@@ -105,6 +107,7 @@ class Edit(ChangedWeights):
         # By fact and layer, what settling added to the residuals that the targets give.
         self.shifts = torch.zeros(0, len(self.layers), base.parts.d_model)
         self.text: list[list[int]] = []
+        self.names: list[str] = []
         self.keys: dict[int, Tensor] = {}
         self.prefixes: tuple[str, ...] = ()
         self.skipped: dict[str, str] = {}
@@ -141,8 +144,9 @@ class Edit(ChangedWeights):
         self._begin(ledger)
         if self.options.settle:
             most, least = token_counts(self.base, self.options.tokens)
-            rows = text_rows(self.base, self._texts, most, self.settings.seed, least)
-            self.text = text_pieces(list(islice(rows, _TEXT)))
+            rows = list(islice(text_rows(self.base, self._texts, most, self.settings.seed, least), _NAMED))
+            self.text = text_pieces(rows[:_TEXT])
+            self.names = names_in(map(self.base.tokenizer.decode, rows), _NAMES, self.settings.seed)
         self.holding, self.facts, self.keys, self.deltas = [], [], {}, {}
         self.skipped, self._writer, self._earlier = {}, None, {}
         self.z, self.shifts = self.z[:0], self.shifts[:0]
@@ -262,8 +266,9 @@ class Edit(ChangedWeights):
         began = time.perf_counter()
         tell = scaled(progress, len(places), len(new))
         found, trained = settle(
-            self.base, prepared, written, groups, places, self.text, self.options, self.settings.seed, store, tell
-        )
+            self.base, prepared, written, groups, places, self.text, self.names, self.options, self.settings.seed,
+            store, tell,
+        )  # fmt: skip
         self._earlier[store.name] = max(0.0, trained.seconds - (time.perf_counter() - began))
         shifts = shifts + found[groups]
         return shifts, self._write(prepared, z, shifts, past)
@@ -416,6 +421,7 @@ class Edit(ChangedWeights):
             "prefixes": list(self.prefixes),
             "source": self._source,
             "text": self.text,
+            "names": self.names,
             "facts": [fact.id for fact in self.facts],
             "holding": [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.holding],
             "skipped": self.skipped,
@@ -435,6 +441,7 @@ class Edit(ChangedWeights):
         self.z = tensors["z"]
         self.shifts = tensors.get("shifts", self._unshifted(len(self.z)))
         self.text = record.get("text", [])
+        self.names = record.get("names", [])
         self.keys = {layer: tensors[f"keys.{layer}"] for layer in record["layers"]}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count, pairwise
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -15,21 +16,21 @@ from torch import Tensor, nn
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Stretch
-from byheart.decode import token_ids
+from byheart.decode import batches
 from byheart.losses import drift, token_loss
-from byheart.methods.edit.common_facts import common_facts
-from byheart.methods.edit.prompts import Prepared, Row, prompt_text
+from byheart.methods.edit.others import about_others
+from byheart.methods.edit.prompts import Prepared, Row
 from byheart.methods.edit.write import Written
 from byheart.padding import right_padded
 from byheart.progress import scaled
-from byheart.rows import Fact
 from byheart.surgery import widened
 from byheart.training import Recipe, Trained, train
 
 # Tokens a step, of prompts and of ordinary text: small enough for many steps an epoch, and for memory.
 _TOKENS, _TEXT_ROWS, _TEXT_TOKENS = 512, 4, 64
-# A step's prompts about others, of which what follows is to stay; drawn from so many for each fact.
-_BESIDE, _SUBJECTS = 8, 2
+# A step's prompts about others, of which what follows is to stay. So many are asked for each fact, and about so many in
+# all; this share is held, that which the edit changes most: the rest would say that all is well.
+_BESIDE, _SUBJECTS, _ASKED, _HELD = 16, 8, 4096, 0.25
 # Of an epoch, the prompts of a fact that are read behind prefixes; the bare one is always.
 _OTHERS = 1
 # A few facts take few steps an epoch; so many are taken all the same.
@@ -39,7 +40,7 @@ _BETA2 = 0.99
 # Of the longest residual, what counts as none.
 _HARDLY = 0.01
 # Counts up with whatever else changes is made of the same options: finished work of before is not taken for this.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def settle(
     group_of: Sequence[int],
     places: Sequence[int],
     text: Sequence[Sequence[int]],
+    names: Sequence[str],
     options: SettleOptions,
     seed: int,
     store: Path,
@@ -88,7 +90,7 @@ def settle(
 
         mean over prompts of the mean over target tokens of -log p
             +  settle_kl · KL(before || now) on ordinary text
-            +  settle_beside · the same behind prompts about other subjects
+            +  settle_beside · the same behind the facts' prompts about other subjects, where the edit changes most
 
     through the model with all of them written. Resumes from ``store``.
 
@@ -96,6 +98,7 @@ def settle(
         group_of: of each fact the row of the maps that it shares with others.
         places: facts whose prompts count, and whose residuals may change.
         text: pieces of ordinary text.
+        names: of other subjects.
         progress: is told of facts, once an epoch each.
 
     Returns:
@@ -108,7 +111,6 @@ def settle(
     shifts = nn.ParameterDict({str(layer): torch.zeros(len(chosen), base.parts.d_model) for layer in layers})
     shifts.to(base.device)
     plan = _plan(prepared, places, options.settle, seed)
-    others = _others(base, [prepared[n].fact for n in places], {one.fact.subject.strip() for one in prepared}, seed)
     inside = {
         layer: (written.maps[layer].to(base.device, base.dtype), written.residuals[layer].to(base.device, base.wide))
         for layer in layers
@@ -121,6 +123,13 @@ def settle(
                 now = residual.index_add(0, index, shifts[str(layer)].to(residual)).to(base.dtype)
                 attached.enter_context(widened(base.parts.blocks[layer].mlp_out, _adding(into, now)))
             yield
+
+    others: list[list[int]] = []
+    if options.settle_beside:
+        asked, there = [prepared[n].fact for n in places], {one.fact.subject for one in prepared}
+        # Of few facts more each, so that a step's worth is held.
+        each = max(1, min(_SUBJECTS, _ASKED // len(asked)), ceil(_BESIDE / _HELD / len(asked)))
+        others = _changed_most(base, about_others(base, asked, there, names, each, seed), edited, layers[0])
 
     def loss(step: int) -> Tensor:
         draw = random.Random(f"{seed}/{step}")
@@ -199,23 +208,19 @@ def _fit(base: Base, rows: Sequence[Row], first: int, stop: float) -> Tensor:
     return torch.where(each.detach() > stop, each, each.detach()).mean()
 
 
-def _others(base: Base, facts: Sequence[Fact], edited: set[str], seed: int) -> list[list[int]]:
-    """The facts' prompts about subjects that are not edited, as tokens."""
-    named = [_words(name) for name in edited]
-    # One that is part of an edited one's name, or the other way round, may well be the same thing.
-    subjects = sorted(
-        name
-        for name in {fact.subject for fact in common_facts()}
-        if not any(_words(name) in one or one in _words(name) for one in named)
-    )
-    draw = random.Random(seed)
-    some = min(_SUBJECTS, len(subjects))
-    asked = [fact.model_copy(update={"subject": name}) for fact in facts for name in draw.sample(subjects, some)]
-    return [token_ids(base.tokenizer, prompt_text(fact), beginning=True) for fact in asked]
-
-
-def _words(name: str) -> str:
-    return f" {name.casefold()} "
+def _changed_most(
+    base: Base, rows: Sequence[list[int]], edited: Callable[[], AbstractContextManager[None]], first: int
+) -> list[list[int]]:
+    """Of prompts the share :data:`_HELD` behind which the edit changes most what is said, by KL(before || now)."""
+    changes = torch.zeros(len(rows))
+    with fast_attention(base.model), torch.no_grad():
+        for batch in batches([len(row) for row in rows], lambda count, longest: count * longest <= _TOKENS):
+            said = _said(base, [rows[n] for n in batch], first, True)
+            before = said()
+            with edited():
+                pairs = zip(said()[:, None], before[:, None], strict=True)
+            changes[batch] = torch.stack([drift(now, old, base.wide) for now, old in pairs]).float().cpu()
+    return [rows[n] for n in changes.argsort(descending=True)[: ceil(_HELD * len(rows))]]
 
 
 def _said(base: Base, rows: Sequence[Sequence[int]], first: int, last: bool) -> Callable[[], Tensor]:

@@ -1,0 +1,66 @@
+"""Prompts about others: the facts' own, asked about whatever ordinary text names; an edit is to leave them alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from byheart.base import Base
+from byheart.decode import token_ids
+from byheart.methods.edit.common_facts import common_facts
+from byheart.methods.edit.prompts import prompt_text
+from byheart.rows import Fact
+
+# Words of a name, at most.
+_WORDS = 4
+
+
+def names_in(texts: Iterable[str], most: int, seed: int) -> list[str]:
+    """Up to ``most`` names, drawn from those that stand within the sentences of some texts.
+
+    A name is a run of capitalised words that no sentence begins with. Of a script without capitals there are none.
+    """
+    found: set[str] = set()
+    for text in texts:
+        run: list[str] = []
+        for before, written in pairwise(text.split()):
+            word = written.rstrip(".,;:!?")
+            named = word.isalpha() and word.istitle() and len(word) > 1
+            # What begins a sentence is capitalised, too, and may not be a name.
+            inside = before.rstrip(",")[-1:].isalnum()
+            if named and (run or inside):
+                run.append(word)
+            if run and (not named or word != written):
+                found |= {" ".join(run)} if len(run) <= _WORDS else set()
+                run = []
+    names = sorted(found)
+    return sorted(random.Random(seed).sample(names, min(most, len(names))))
+
+
+def about_others(
+    base: Base, facts: Sequence[Fact], edited: Iterable[str], names: Sequence[str], each: int, seed: int
+) -> list[list[int]]:
+    """The facts' prompts as tokens, each about ``each`` subjects not edited: of ``names``, and well-known ones.
+
+    Args:
+        edited: subjects; one that is part of such a name, or the other way round, may well be the same thing, and is no
+            other.
+    """
+    taken = [_words(name) for name in edited]
+    subjects = [
+        name
+        for name in sorted({*names, *(fact.subject for fact in common_facts())})
+        if not any(_words(name) in one or one in _words(name) for one in taken)
+    ]
+    draw = random.Random(seed)
+    asked = [
+        fact.model_copy(update={"subject": name})
+        for fact in facts
+        for name in draw.sample(subjects, min(each, len(subjects)))
+    ]
+    return [token_ids(base.tokenizer, prompt_text(fact), beginning=True) for fact in asked]
+
+
+def _words(name: str) -> str:
+    return f" {name.casefold().strip()} "
