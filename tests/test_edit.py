@@ -497,6 +497,15 @@ def test_collisions_are_told_before_anything_is_written(base, tmp_path):
             assert not method.facts and not method.deltas
 
 
+def test_collisions_of_batches_are_told_once_for_all(base, tmp_path):
+    said = {"is": "squat", "was": "tall", "stays": "dim"}
+    twins = [
+        FACTS[0].model_copy(update={"id": f"{n}", "prompt": f"The light of {{}} {n}", "object": said[n]}) for n in said
+    ]
+    (note,) = learnt(base, tmp_path, twins, batch=2).report.notes
+    assert note.startswith("3 pairs of facts have nearly the same key")
+
+
 def test_a_short_text_is_filled_up_to_ten_times_the_width_and_no_further(base, monkeypatch):
     width, written = base.parts.d_ff, []
     monkeypatch.setattr(ordinary, "_written", lambda base, count, seed: written.append(count) or [])

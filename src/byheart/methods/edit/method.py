@@ -299,16 +299,16 @@ class Edit(ChangedWeights):
         return [fingerprint(fact.model_dump_json(), whole[g]) for fact, g in zip(facts, groups, strict=True)]
 
     def _guarded(self, before: dict[str, Any], new: Sequence[Fact]) -> tuple[str, ...]:
-        """What the guard rails say; goes back where the gate is to, and the edit went too far."""
-        options, notes = self.options, self._collisions(self.facts, self.keys.get(self.layers[0]))
+        """What the gate says; goes back where it is to, and the edit went too far."""
+        options = self.options
         if options.gate == "off" or not new:
-            return notes
+            return ()
         rows = guard.text(self.base, self.settings.seed)
         standing = guard.measure(self.base, rows, self.facts, self.settings.seed)
         with self.attached():
             after = guard.measure(self.base, rows, self.facts, self.settings.seed)
         said, within = guard.drift_notes(standing, after, options.max_perplexity, options.max_neighbours)
-        notes += (said,)
+        notes: tuple[str, ...] = (said,)
         if not within and options.gate == "rollback":
             gone = {fact.id for fact in before["holding"]} - {fact.id for fact in self.holding}
             vars(self).update(before)
@@ -401,6 +401,7 @@ class Edit(ChangedWeights):
     def _report(self, seconds: float, notes: tuple[str, ...]) -> LearnReport:
         seconds += sum(self._earlier.values())
         self._earlier = dict.fromkeys(self._earlier, 0.0)  # told once
+        notes = (*self._collisions(self.facts, self.keys.get(self.layers[0])), *notes)
         return LearnReport(
             seconds=seconds,
             bytes=delta_bytes(self.deltas),
