@@ -246,12 +246,13 @@ def test_revise_follows_the_ledger(base, tmp_path):
 
 def test_what_was_kept_is_what_was_learnt(base, tmp_path):
     method = learnt(base, tmp_path)
+    method.names = ["Ann Lee"]
     method.save_pretrained(tmp_path / "kept")
     # A folder is for others, too, though safetensors writes for its owner alone.
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "kept").iterdir()} == {0o644}
     again = Edit.from_pretrained(tmp_path / "kept", base)
     assert same(weights_with(again), weights_with(method))
-    assert [fact.id for fact in again.facts] == [fact.id for fact in method.facts]
+    assert [fact.id for fact in again.facts] == [fact.id for fact in method.facts] and again.names == method.names
     again.undo(["cove"])
     method.undo(["cove"])
     assert same(weights_with(again), weights_with(method))
@@ -499,9 +500,7 @@ def test_collisions_are_told_before_anything_is_written(base, tmp_path):
 
 def test_collisions_of_batches_are_told_once_for_all(base, tmp_path):
     said = {"is": "squat", "was": "tall", "stays": "dim"}
-    twins = [
-        FACTS[0].model_copy(update={"id": f"{n}", "prompt": f"The light of {{}} {n}", "object": said[n]}) for n in said
-    ]
+    twins = [FACTS[0].model_copy(update={"id": n, "prompt": f"The light of {{}} {n}", "object": said[n]}) for n in said]
     (note,) = learnt(base, tmp_path, twins, batch=2).report.notes
     assert note.startswith("3 pairs of facts have nearly the same key")
 

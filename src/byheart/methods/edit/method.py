@@ -41,9 +41,9 @@ from byheart.storage import fingerprint, replacing
 _REFUSED = "rolled back by the gate"
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
 _STEP = 32
-# Rows of ordinary text, and names out of so many of them, that are kept with an edit, so that a later fact can be
-# settled beside them.
-_TEXT, _NAMED, _NAMES = 120, 4000, 4000
+# Rows of ordinary text that are kept with an edit, and names, out of so many rows, so that a later fact can be settled
+# beside them.
+_TEXT, _NAMES, _NAMED = 120, 4000, 4000
 # What follows from the facts that hold; all of it changes, or nothing does.
 _STATE = ("holding", "facts", "z", "shifts", "keys", "deltas", "skipped")
 

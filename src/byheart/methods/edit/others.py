@@ -32,8 +32,10 @@ def names_in(texts: Iterable[str], most: int, seed: int) -> list[str]:
             if named and (run or inside):
                 run.append(word)
             if run and (not named or word != written):
-                found |= {" ".join(run)} if len(run) <= _WORDS else set()
+                if len(run) <= _WORDS:
+                    found.add(" ".join(run))
                 run = []
+        # What a text ends in is left out: it may be half a name.
     names = sorted(found)
     return sorted(random.Random(seed).sample(names, min(most, len(names))))
 
@@ -48,11 +50,8 @@ def about_others(
             other.
     """
     taken = [_words(name) for name in edited]
-    subjects = [
-        name
-        for name in sorted({*names, *(fact.subject for fact in common_facts())})
-        if not any(_words(name) in one or one in _words(name) for one in taken)
-    ]
+    known = {name: _words(name) for name in sorted({*names, *(fact.subject for fact in common_facts())})}
+    subjects = [name for name, words in known.items() if not any(words in one or one in words for one in taken)]
     draw = random.Random(seed)
     asked = [
         fact.model_copy(update={"subject": name})

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, pairwise
 from math import ceil
 from pathlib import Path
@@ -20,6 +21,7 @@ from byheart.decode import batches
 from byheart.losses import drift, token_loss
 from byheart.methods.edit.others import about_others
 from byheart.methods.edit.prompts import Prepared, Row
+from byheart.methods.edit.weights import changed_by
 from byheart.methods.edit.write import Written
 from byheart.padding import right_padded
 from byheart.progress import scaled
@@ -124,12 +126,16 @@ def settle(
                 attached.enter_context(widened(base.parts.blocks[layer].mlp_out, _adding(into, now)))
             yield
 
-    others: list[list[int]] = []
-    if options.settle_beside:
+    @cache  # not before it is needed: where all is settled already, nothing is asked
+    def others() -> list[list[int]]:
+        if not options.settle_beside:
+            return []
         asked, there = [prepared[n].fact for n in places], {one.fact.subject for one in prepared}
         # Of few facts more each, so that a step's worth is held.
         each = max(1, min(_SUBJECTS, _ASKED // len(asked)), ceil(_BESIDE / _HELD / len(asked)))
-        others = _changed_most(base, about_others(base, asked, there, names, each, seed), edited, layers[0])
+        rows = about_others(base, asked, there, names, each, seed)
+        # By the edit as written, so that one who goes on after a kill holds the same.
+        return _changed_most(base, rows, lambda: changed_by(base, written.deltas), layers[0])
 
     def loss(step: int) -> Tensor:
         draw = random.Random(f"{seed}/{step}")
@@ -137,7 +143,7 @@ def settle(
             (weight, _said(base, draw.sample(rows, min(some, len(rows))), layers[0], last))
             for weight, rows, some, last in (
                 (options.settle_kl, text, _TEXT_ROWS, False),
-                (options.settle_beside, others, _BESIDE, True),
+                (options.settle_beside, others(), _BESIDE, True),
             )
             if rows and weight
         ]
