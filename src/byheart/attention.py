@@ -11,20 +11,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-_NAME, _WATCHED = "byheart_tiled", "byheart_watched"
+_TILED, _REPLACED = "byheart_tiled", "byheart_replaced"
 # Score entries of a product done for all rows at once; above it, a row and head at a time.
 _SMALL = 1 << 18
 
 
 def tiled_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None
+) -> Tensor:
     """Softmax attention with grouped key/value heads, never repeating them.
 
     PyTorch's fused kernel takes up to twice as long (benchmarks/attention.py): it wants the keys repeated for every
@@ -32,16 +26,14 @@ def tiled_attention(
     stacked instead, and the products are as large as the cache allows.
 
     Args:
-        module: the attention module (unused).
         query: (batch, heads, n, head_dim).
         key: (batch, kv_heads, m, head_dim); m >= n, the queries being its last positions.
         value: like ``key``.
         attention_mask: bool (batch or 1, 1, n, m), True where a query may look; None means causal.
         scaling: of the scores; by default head_dim ** -0.5.
-        kwargs: what other attention functions take.
 
     Returns:
-        (batch, n, heads, head_dim), and None for the attention weights.
+        (batch, n, heads, head_dim).
     """
     batch, heads, n, dim = query.shape
     groups, m = key.shape[1], key.shape[2]
@@ -70,7 +62,15 @@ def tiled_attention(
             scores.masked_fill_((blocked[part] if len(blocked) > 1 else blocked)[:, :, None], low)
             parts.append(scores.softmax(-1).flatten(2, 3) @ value[part])
         out = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return out.view(batch, heads, n, dim).transpose(1, 2).contiguous(), None
+    return out.view(batch, heads, n, dim).transpose(1, 2).contiguous()
+
+
+def _tiled(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """As transformers call attention functions."""
+    return tiled_attention(query, key, value, mask, scaling), None
 
 
 @contextmanager
@@ -79,30 +79,29 @@ def fast_attention(model: Any) -> Iterator[None]:
     if not _plain(model) or model.device.type != "cpu":
         yield
         return
-    with _attending(model, _NAME, tiled_attention):
+    with _attending(model, _TILED, _tiled):
         yield
 
 
 @contextmanager
-def watched_attention(
-    model: Any, see: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], None]
+def replaced_attention(
+    model: Any, attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 ) -> Iterator[None]:
-    """Inside the block, tell of every layer's queries, keys, values, mask and scaling, as attention functions get them.
+    """Inside the block, let every layer attend by ``attend``: queries, keys, values, mask and scaling as above.
 
-    A model that attends in a way of its own (capped scores, biases) is not watched: ``see`` is never called.
+    A model that attends in a way of its own (capped scores, biases) is left alone: ``attend`` is never called.
     """
 
-    def watched(
+    def replaced(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
         scaling: float | None = None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        see(query, key, value, mask, scaling)
-        return tiled_attention(module, query, key, value, mask, scaling)
+        return attend(query, key, value, mask, scaling), None
 
     if not _plain(model):
         yield
         return
-    with _attending(model, _WATCHED, watched):
+    with _attending(model, _REPLACED, replaced):
         yield
 
 

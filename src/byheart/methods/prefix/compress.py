@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import Cache as Layers
 
-from byheart.attention import watched_attention
+from byheart.attention import replaced_attention, tiled_attention
 from byheart.base import Base
 from byheart.blocks import Frozen
 from byheart.decode import token_ids
@@ -38,7 +38,9 @@ class Compressed(Few):
     """
 
     def __init__(self, whole: Cache, count: int) -> None:
-        super().__init__(whole, count, f"fitted, {(_QUESTIONS, _WINDOW, _LAST, _STEPS, _RATE, _ROUNDS, _RIDGE)}")
+        super().__init__(
+            whole, count, f"fitted upwards, {(_QUESTIONS, _WINDOW, _LAST, _STEPS, _RATE, _ROUNDS, _RIDGE)}"
+        )
 
     def fresh(self, passages: Sequence[Block]) -> list[KV]:
         """Columns of passages that are not on disk."""
@@ -59,23 +61,7 @@ class Compressed(Few):
             lead = token_ids(self.base.tokenizer, self.form.pieces(question, (), None)[2], beginning=False)
             rows.append(lead + ids[start : start + _WINDOW])
             leads.append(max(0, len(lead) - _LAST))
-        seen = looks(self.base, self.head, block, rows, leads)
-        keys, values = list(block.keys), list(block.values)
-        # Layers of one shape are fitted together.
-        shapes: dict[tuple[torch.Size, torch.Size], list[int]] = {}
-        for n, both in enumerate(zip(keys, values, strict=True)):
-            shapes.setdefault((both[0].shape, both[1].shape), []).append(n)
-        for some in shapes.values():
-            found = fit(
-                Looks(*(torch.cat(parts) for parts in zip(*(vars(seen[n]).values() for n in some), strict=True))),
-                torch.cat([keys[n] for n in some]).float(),
-                torch.cat([values[n] for n in some]).float(),
-                self._count,
-            )
-            for into, made in zip((keys, values), found, strict=True):
-                for n, one in zip(some, made.to(into[0].dtype).chunk(len(some)), strict=True):
-                    into[n] = one.contiguous()
-        return KV(tuple(keys), tuple(values), block.start, block.end)
+        return fitted(self.base, self.head, block, rows, leads, self._count)
 
 
 @dataclass(frozen=True)
@@ -85,7 +71,7 @@ class Looks:
     Attributes:
         queries: (heads, n, head_dim), scaled as scores are.
         rest: (heads, n, head_dim), what they would be given were the passage not there.
-        toward: (heads, n, head_dim), what the passage changes in that.
+        toward: (heads, n, head_dim), what the passage is to change in that.
         mass: (heads, n), the logarithm of the sum of exponents of scores beside the passage.
         weight: (heads, columns), how much each column of the passage is looked at.
     """
@@ -97,60 +83,95 @@ class Looks:
     weight: Tensor
 
 
-def looks(base: Base, head: KV | None, block: KV, rows: Sequence[Sequence[int]], leads: Sequence[int]) -> list[Looks]:
-    """How rows of tokens look back at ``block``, layer by layer; of each row the tokens from ``leads`` on.
+@torch.no_grad()
+def fitted(
+    base: Base, head: KV | None, block: KV, rows: Sequence[Sequence[int]], leads: Sequence[int], count: int
+) -> KV:
+    """``count`` columns that give rows of tokens what ``block`` gives them; of each row the tokens from ``leads`` on.
+
+    The rows are read twice side by side, behind the whole passage and behind the columns as far as they are fitted. So
+    a layer is fitted to the queries that it will get, and makes up for what the layers below it missed.
 
     Raises:
-        DataError: where the model's attention cannot be watched.
+        DataError: where the model's attention cannot be replaced.
     """
     ids, mask, places = right_padded(rows, base.device)
     used = mask.bool() & (places >= torch.tensor(leads, device=base.device)[:, None])
     past = block if head is None else joined([head, block])
-    before, there = past.columns - block.columns, past.columns
-    found: list[Looks] = []
+    before, there, half = past.columns - block.columns, past.columns, len(rows)
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
 
-    def see(query: Tensor, key: Tensor, value: Tensor, may: Tensor | None, scaling: float | None) -> None:
-        batch, heads, n, dim = query.shape
-        groups = key.shape[1]
-        stacked = query.float().reshape(batch, groups, heads // groups, n, dim)
-        stacked = stacked * (dim**-0.5 if scaling is None else scaling)
+    def attend(query: Tensor, key: Tensor, value: Tensor, may: Tensor | None, scaling: float | None) -> Tensor:
+        n = query.shape[2]
         if may is None:
             may = torch.ones(n, there + n, dtype=torch.bool, device=query.device).tril(there)[None, None]
-        may = may.expand(batch, 1, n, -1)[:, 0]
-        low = torch.finfo(torch.float32).min
+        may = may.expand(2 * half, 1, n, -1)
+        wanted = tiled_attention(query[:half], key[:half], value[:half], may[:half], scaling)
+        query, key, value, may = query[half:], key[half:], value[half:], may[half:]
+        seen = look(query, key, value, may, scaling, wanted, used, before, there)
+        found = fit(seen, key[0, :, before:there].float(), value[0, :, before:there].float(), count)
+        for into, made in zip((keys, values), found, strict=True):
+            into.append(made.to(query.dtype))
+        key, value = (
+            torch.cat([whole[:, :, :before], made[-1].expand(half, -1, -1, -1), whole[:, :, there:]], 2)
+            for whole, made in ((key, keys), (value, values))
+        )
+        may = torch.cat([may[..., : before + count], may[..., there:]], -1)
+        return torch.cat([wanted, tiled_attention(query, key, value, may, scaling)])
 
-        def picked(states: Tensor) -> Tensor:  # (rows, groups, heads of a group, n, ...) -> (groups, picked, ...)
-            return states.movedim(3, 1)[used].movedim(1, 0).flatten(1, 2)
-
-        def attended(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            return scores.softmax(-1) @ values.float(), scores.logsumexp(-1)
-
-        own = stacked @ key[:, :, None, there:].float().transpose(-1, -2)
-        own = own.masked_fill(~may[:, None, None, :, there:], low)
-        by_own, own_mass = map(picked, attended(own, value[:, :, None, there:]))
-        queries = picked(stacked)
-        scores = queries @ key[0, :, :there].float().transpose(-1, -2)
-        hidden = ~may[..., :there][used].repeat_interleave(heads // groups, 0)
-        scores = scores.masked_fill(hidden, low)
-        by_head, head_mass = attended(scores[..., :before], value[0, :, :before])
-        share = (head_mass - own_mass).sigmoid()[..., None]
-        rest, mass = share * by_head + (1 - share) * by_own, torch.logaddexp(head_mass, own_mass)
-        by_block, block_mass = attended(scores[..., before:], value[0, :, before:there])
-        share = (block_mass - mass).sigmoid()[..., None]
-        weight = (scores[..., before:].softmax(-1) * share).square().sum(1)
-        found.append(Looks(queries, rest, share * (by_block - rest), mass, weight))
-
-    with torch.no_grad(), watched_attention(base.model, see):
+    with replaced_attention(base.model, attend):
         base.model(
-            input_ids=ids,
-            attention_mask=torch.cat([mask.new_ones(len(rows), there), mask], 1),
-            position_ids=places + block.end,
-            **base.behind(Layers(layers=[Frozen(key, value) for key, value in shared(past, len(rows))])),
+            input_ids=ids.repeat(2, 1),
+            attention_mask=torch.cat([mask.new_ones(half, there), mask], 1).repeat(2, 1),
+            position_ids=places.repeat(2, 1) + block.end,
+            **base.behind(Layers(layers=[Frozen(key, value) for key, value in shared(past, 2 * half)])),
             logits_to_keep=torch.tensor([0], device=base.device),
         )
-    if len(found) != len(base.parts.blocks):
-        raise DataError(f"{base.name}: its attention cannot be watched, so that no passage can be compressed")
-    return found
+    if len(keys) != len(base.parts.blocks):
+        raise DataError(f"{base.name}: its attention cannot be replaced, so that no passage can be compressed")
+    return KV(tuple(keys), tuple(values), block.start, block.end)
+
+
+def look(
+    query: Tensor, key: Tensor, value: Tensor, may: Tensor, scaling: float | None, wanted: Tensor, used: Tensor,
+    before: int, there: int,
+) -> Looks:  # fmt: skip
+    """How rows look back at a passage in one layer.
+
+    Args:
+        query, key, value, may, scaling: what the layer's attention gets, see
+            :func:`byheart.attention.tiled_attention`; the passage is in the columns from ``before`` to ``there``, and
+            what stands before it is the same in all rows.
+        wanted: (rows, n, heads, head_dim), what is to come of it.
+        used: (rows, n), the tokens that count.
+    """
+    rows, heads, n, dim = query.shape
+    groups, low = key.shape[1], torch.finfo(torch.float32).min
+    stacked = query.float().reshape(rows, groups, heads // groups, n, dim) * (dim**-0.5 if scaling is None else scaling)
+    may = may[:, 0]
+
+    def picked(states: Tensor) -> Tensor:  # (rows, groups, heads of a group, n, ...) -> (groups, picked, ...)
+        return states.movedim(3, 1)[used].movedim(1, 0).flatten(1, 2)
+
+    def attended(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return scores.softmax(-1) @ values.float(), scores.logsumexp(-1)
+
+    own = stacked @ key[:, :, None, there:].float().transpose(-1, -2)
+    own = own.masked_fill(~may[:, None, None, :, there:], low)
+    by_own, own_mass = map(picked, attended(own, value[:, :, None, there:]))
+    queries = picked(stacked)
+    scores = queries @ key[0, :, :there].float().transpose(-1, -2)
+    hidden = ~may[..., :there][used].repeat_interleave(heads // groups, 0)
+    scores = scores.masked_fill(hidden, low)
+    by_head, head_mass = attended(scores[..., :before], value[0, :, :before])
+    share = (head_mass - own_mass).sigmoid()[..., None]
+    rest, mass = share * by_head + (1 - share) * by_own, torch.logaddexp(head_mass, own_mass)
+    inside = scores[..., before:]
+    share = (inside.logsumexp(-1) - mass).sigmoid()[..., None]
+    weight = (inside.softmax(-1) * share).square().sum(1)
+    toward = picked(wanted.float().movedim(1, 2).reshape(rows, groups, heads // groups, n, dim)) - rest
+    return Looks(queries, rest, toward, mass, weight)
 
 
 @torch.no_grad()
