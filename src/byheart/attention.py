@@ -12,6 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 _TILED, _REPLACED = "byheart_tiled", "byheart_replaced"
+# Queries, keys, values, mask and scaling to what comes of them; see tiled_attention.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
 # Score entries of a product done for all rows at once; above it, a row and head at a time.
 _SMALL = 1 << 18
 
@@ -65,43 +67,27 @@ def tiled_attention(
     return out.view(batch, heads, n, dim).transpose(1, 2).contiguous()
 
 
-def _tiled(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """As transformers call attention functions."""
-    return tiled_attention(query, key, value, mask, scaling), None
-
-
 @contextmanager
 def fast_attention(model: Any) -> Iterator[None]:
     """Let a model attend by :func:`tiled_attention` inside the block, where it runs on a CPU and would use sdpa."""
     if not _plain(model) or model.device.type != "cpu":
         yield
         return
-    with _attending(model, _TILED, _tiled):
+    with _attending(model, _TILED, tiled_attention):
         yield
 
 
 @contextmanager
-def replaced_attention(
-    model: Any, attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor]
-) -> Iterator[None]:
+def replaced_attention(model: Any, attend: Attend) -> Iterator[None]:
     """Inside the block, let every layer attend by ``attend``: queries, keys, values, mask and scaling as above.
 
     A model that attends in a way of its own (capped scores, biases) is left alone: ``attend`` is never called.
     """
 
-    def replaced(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        scaling: float | None = None, **kwargs: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
-        return attend(query, key, value, mask, scaling), None
-
     if not _plain(model):
         yield
         return
-    with _attending(model, _REPLACED, replaced):
+    with _attending(model, _REPLACED, attend):
         yield
 
 
@@ -110,7 +96,13 @@ def _plain(model: Any) -> bool:
 
 
 @contextmanager
-def _attending(model: Any, name: str, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+def _attending(model: Any, name: str, attend: Attend) -> Iterator[None]:
+    def function(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        return attend(query, key, value, mask, scaling), None
+
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation(name)
