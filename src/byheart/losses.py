@@ -35,10 +35,15 @@ class _TokenLoss(torch.autograd.Function):
         return found.mul_(gradient[:, None]).to(ctx.dtype), None, None
 
 
-def drift(logits: Tensor, plain: Tensor, wide: torch.dtype = torch.float32) -> Tensor:
-    """KL(plain || logits) between two sets of logits (n, vocabulary), a mean over n; computed in ``wide``."""
-    both = (logits.to(wide).log_softmax(-1), plain.to(wide).log_softmax(-1))
-    return functional.kl_div(*both, log_target=True, reduction="batchmean")
+def drift(logits: Tensor, plain: Tensor, wide: torch.dtype = torch.float32, temperature: float = 1.0) -> Tensor:
+    """KL(plain || logits) between two sets of logits (n, vocabulary), a mean over n; computed in ``wide``.
+
+    Args:
+        temperature: both are divided by it, and what comes is multiplied by its square, so that gradients keep their
+            size (Hinton et al. 2015, section 2.1). Above 1, what is unlikely counts more.
+    """
+    ours, theirs = ((one.to(wide) / temperature).log_softmax(-1) for one in (logits, plain))
+    return temperature**2 * functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
 
 
 def token_loss(logits: Tensor, label: Tensor, wide: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

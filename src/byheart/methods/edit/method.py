@@ -98,6 +98,8 @@ class Edit(ChangedWeights):
         self.options = parse_options(EditOptions, self.name, settings.options)
         if self.options.steps < 2:
             raise UsageError(f"--set edit.steps={self.options.steps}: must be at least 2")
+        if self.options.settle_temperature <= 0:
+            raise UsageError(f"--set edit.settle_temperature={self.options.settle_temperature}: must be above 0")
         if self.options.energy >= 1:
             raise UsageError(f"--set edit.energy={self.options.energy}: must be below 1")
         self.layers = choose_layers(base, self.options.layers)
