@@ -11,6 +11,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from byheart import kv
 from byheart.attention import replaced_attention, tiled_attention
@@ -384,23 +387,54 @@ def given_behind(base, past, rows):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "qwen3"])
 def test_what_queries_find_is_the_models_own_attention(tiny, family):
-    """Beside the passage and in it: the parts add up to what all columns give, and the rest to what is left without."""
+    """With and without the passage, the parts add up to what a forward gives the output projection."""
     base = tiny(family)
-    before = kv.read(base, [ids_of(base, ASKED[0])])[0]
-    block = kv.read(base, [ids_of(base, TEXTS[0])], before)[0]
-    used, given = given_behind(base, kv.joined([before, block]), [ids_of(base, ASKED[1]), ids_of(base, TEXTS[1])])
+    head, text = ids_of(base, ASKED[0]), ids_of(base, TEXTS[0])
+    before = kv.read(base, [head])[0]
+    block = kv.read(base, [text], before)[0]
+    rows, leads = [ids_of(base, ASKED[1]), ids_of(base, TEXTS[1])], [2, 0]
+    used, given = given_behind(base, kv.joined([before, block]), rows)
+    for n, lead in enumerate(leads):
+        used[n, :lead] = False
     first, there = before.columns, before.columns + block.columns
-    for (query, key, value, may, scaling), output in given:
-        seen = compress.look(query, key, value, may, scaling, output, used, first, there)
-        without = may.expand(len(query), -1, -1, -1).clone()
-        without[..., first:there] = False
-        for mask, ours in ((may, seen.rest + seen.toward), (without, seen.rest)):
-            theirs = tiled_attention(query, key, value, mask, scaling)[used].unflatten(1, (key.shape[1], -1))
-            assert close(ours, theirs.movedim(1, 0).flatten(1, 2), 1e-4)
-        # What all columns do is what they are wanted to do, so that they miss nothing.
-        states = (one[0, :, first:there] for one in (key, value))
-        if family != "gemma3_text":  # a window hides some of them from some queries
-            assert float(compress.error(seen, *states).max()) < 1e-6
+    found = [compress.look(*states, output, used, first, there) for states, output in given]
+    # Deeper layers have seen the passage in the layers below; a window would reach further without it.
+    alike = {True: len(found), False: 0 if family == "gemma3_text" else 1}
+    for past, whole in (((before, block), True), ((before,), False)):
+        alone = [attended(base, kv.joined(past), row, lead, block.end) for row, lead in zip(rows, leads, strict=True)]
+        for n in range(alike[whole]):
+            ours = found[n].rest + (found[n].toward if whole else 0)
+            assert close(ours, torch.cat([one[n] for one in alone], 1), 1e-4)
+    # What all columns do is what they are wanted to do, so that they miss nothing; a window hides some from some.
+    for seen, ((_, key, value, *_), _) in zip(found, given, strict=True):
+        if family != "gemma3_text":
+            assert float(compress.error(seen, *(one[0, :, first:there] for one in (key, value))).max()) < 1e-6
+
+
+def attended(base, past, row, lead, start):
+    """By layer (kv_heads, n, head_dim), what transformers' own attention gives a row's tokens from ``lead`` on."""
+    given = []
+
+    def noted(module, query, *args, **kwargs):
+        output = sdpa_attention_forward(module, query, *args, **kwargs)  # (1, n, heads, dim)
+        groups = past.keys[0].shape[0]
+        given.append(output[0][0, lead:].unflatten(1, (groups, -1)).movedim(1, 0).flatten(1, 2))
+        return output
+
+    AttentionInterface.register("noted", noted)
+    AttentionMaskInterface.register("noted", sdpa_mask)
+    base.model.set_attn_implementation("noted")
+    try:
+        with torch.no_grad():
+            base.model(
+                input_ids=torch.tensor([row]),
+                attention_mask=torch.ones(1, past.columns + len(row), dtype=torch.long),
+                position_ids=torch.arange(start, start + len(row))[None],
+                **base.behind(kv.begun(base, past)),
+            )
+    finally:
+        base.model.set_attn_implementation("sdpa")
+    return given
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])

@@ -83,7 +83,6 @@ def replaced_attention(model: Any, attend: Attend) -> Iterator[None]:
 
     A model that attends in a way of its own (capped scores, biases) is left alone: ``attend`` is never called.
     """
-
     if not _plain(model):
         yield
         return

@@ -42,8 +42,11 @@ def drift(logits: Tensor, plain: Tensor, wide: torch.dtype = torch.float32, temp
         temperature: both are divided by it, and what comes is multiplied by its square, so that gradients keep their
             size (Hinton et al. 2015, section 2.1). Above 1, what is unlikely counts more.
     """
-    ours, theirs = ((one.to(wide) / temperature).log_softmax(-1) for one in (logits, plain))
-    return temperature**2 * functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    logits, plain = logits.to(wide), plain.to(wide)
+    if temperature != 1:  # else two passes over the vocabulary for nothing
+        logits, plain = logits / temperature, plain / temperature
+    found = functional.kl_div(logits.log_softmax(-1), plain.log_softmax(-1), log_target=True, reduction="batchmean")
+    return temperature**2 * found
 
 
 def token_loss(logits: Tensor, label: Tensor, wide: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
