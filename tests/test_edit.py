@@ -147,21 +147,6 @@ def test_settled_facts_are_said_beside_all_others(base, tmp_path):
     assert same(weights_with(settled), weights(base)) and not settled.deltas
 
 
-def test_a_temperature_hears_what_is_unlikely(base, tmp_path):
-    plain = torch.tensor([[12.0, 0.0, 0.0, 0.0]])
-    now = plain + torch.tensor([[0.0, 3.0, 0.0, 0.0]])
-    assert float(drift(now, plain)) < 1e-3
-    # The hotter, the nearer to half the variance of what changed in the logits, all tokens alike.
-    assert float(drift(now, plain, torch.float64, 1e3)) == pytest.approx(
-        float((now - plain).var(correction=0)) / 2, 0.02
-    )
-    # The facts' own prompts about others are held so, and nothing else is.
-    cold, hot = (learnt(base, tmp_path, settle=1, settle_temperature=heat) for heat in (1.0, 4.0))
-    assert torch.equal(cold.z, hot.z) and not torch.equal(cold.shifts, hot.shifts)
-    alone = [learnt(base, tmp_path, settle=1, settle_beside=0, settle_temperature=heat).shifts for heat in (1.0, 4.0)]
-    assert torch.equal(*alone)
-
-
 def test_a_layer_that_takes_no_share_is_not_settled(base, tmp_path, monkeypatch):
     monkeypatch.setattr(solve, "share", lambda how, place, layers: float(place == layers - 1))
     method = learnt(base, tmp_path, settle=2)
@@ -195,7 +180,7 @@ def test_what_an_edit_changes_most_is_held_still(base):
         sizes = {3: 2.0, 6: 5.0}
         return sum(torch.isclose(given, seen[n], atol=1e-5).all(-1, keepdim=True) * sizes[n] for n in sizes) * output
 
-    assert _changed_most(base, rows, lambda: widened(out, changed), 0, 1.0) == [rows[6], rows[3]]
+    assert _changed_most(base, rows, lambda: widened(out, changed), 0) == [rows[6], rows[3]]
 
 
 def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, monkeypatch):
@@ -571,7 +556,6 @@ def test_options_are_checked(base, tmp_path):
         ("edit.settle=-1", "at least 0"),
         ("edit.steps=1", "at least 2"),
         ("edit.energy=1", "below 1"),
-        ("edit.settle_temperature=0", "above 0"),
         ("edit.layers=²", "FIRST-LAST"),
     ]:
         key, _, value = option.partition("=")

@@ -35,18 +35,10 @@ class _TokenLoss(torch.autograd.Function):
         return found.mul_(gradient[:, None]).to(ctx.dtype), None, None
 
 
-def drift(logits: Tensor, plain: Tensor, wide: torch.dtype = torch.float32, temperature: float = 1.0) -> Tensor:
-    """KL(plain || logits) between two sets of logits (n, vocabulary), a mean over n; computed in ``wide``.
-
-    Args:
-        temperature: both are divided by it, and what comes is multiplied by its square, so that gradients keep their
-            size (Hinton et al. 2015, section 2.1). Above 1, what is unlikely counts more.
-    """
-    logits, plain = logits.to(wide), plain.to(wide)
-    if temperature != 1:  # else two passes over the vocabulary for nothing
-        logits, plain = logits / temperature, plain / temperature
-    found = functional.kl_div(logits.log_softmax(-1), plain.log_softmax(-1), log_target=True, reduction="batchmean")
-    return temperature**2 * found
+def drift(logits: Tensor, plain: Tensor, wide: torch.dtype = torch.float32) -> Tensor:
+    """KL(plain || logits) between two sets of logits (n, vocabulary), a mean over n; computed in ``wide``."""
+    both = (logits.to(wide).log_softmax(-1), plain.to(wide).log_softmax(-1))
+    return functional.kl_div(*both, log_target=True, reduction="batchmean")
 
 
 def token_loss(logits: Tensor, label: Tensor, wide: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -98,8 +98,6 @@ class Edit(ChangedWeights):
         self.options = parse_options(EditOptions, self.name, settings.options)
         if self.options.steps < 2:
             raise UsageError(f"--set edit.steps={self.options.steps}: must be at least 2")
-        if self.options.settle_temperature <= 0:
-            raise UsageError(f"--set edit.settle_temperature={self.options.settle_temperature}: must be above 0")
         if self.options.energy >= 1:
             raise UsageError(f"--set edit.energy={self.options.energy}: must be below 1")
         self.layers = choose_layers(base, self.options.layers)
@@ -431,9 +429,10 @@ class Edit(ChangedWeights):
         }
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        # What it was made with, not what is usual today; folders from before facts settled sought targets in rounds.
+        # What it was made with, not what is usual today: before facts settled, they did not. Options may be gone since.
         made_with = {"settle": 0} | record["options"]
-        self.options = EditOptions(**{name: value for name, value in made_with.items() if name != "rounds"})
+        there = EditOptions.__dataclass_fields__
+        self.options = EditOptions(**{name: value for name, value in made_with.items() if name in there})
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])
         self._source = record["source"]

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import count, pairwise
 from math import ceil
 from pathlib import Path
@@ -54,7 +54,6 @@ class SettleOptions:
         settle_lr: Adam's step size, times the length of an ordinary sum of a fact's residuals over the root of d_model.
         settle_kl: weight of KL(before || now) on ordinary text.
         settle_beside: weight of the same behind the facts' prompts about other subjects.
-        settle_temperature: of that KL (:func:`byheart.losses.drift`): about others, models say little for certain.
         settle_stop: a prompt whose loss is below it pulls no more.
     """
 
@@ -62,7 +61,6 @@ class SettleOptions:
     settle_lr: float = 0.01
     settle_kl: float = 3.0
     settle_beside: float = 3.0
-    settle_temperature: float = 1.0
     settle_stop: float = 0.05
 
 
@@ -137,26 +135,25 @@ def settle(
         each = max(1, min(_SUBJECTS, _ASKED // len(asked)), ceil(_BESIDE / _HELD / len(asked)))
         rows = about_others(base, asked, there, names, each, seed)
         # By the edit as written, so that one who goes on after a kill holds the same.
-        edit = partial(changed_by, base, written.deltas)
-        return _changed_most(base, rows, edit, layers[0], options.settle_temperature)
+        return _changed_most(base, rows, lambda: changed_by(base, written.deltas), layers[0])
 
     def loss(step: int) -> Tensor:
         draw = random.Random(f"{seed}/{step}")
         held = [
-            (weight, temperature, _said(base, draw.sample(rows, min(some, len(rows))), layers[0], last))
-            for weight, temperature, rows, some, last in (
-                (options.settle_kl, 1.0, text, _TEXT_ROWS, False),
-                (options.settle_beside, options.settle_temperature, others(), _BESIDE, True),
+            (weight, _said(base, draw.sample(rows, min(some, len(rows))), layers[0], last))
+            for weight, rows, some, last in (
+                (options.settle_kl, text, _TEXT_ROWS, False),
+                (options.settle_beside, others(), _BESIDE, True),
             )
             if rows and weight
         ]
         with fast_attention(base.model):
             with torch.no_grad():
-                before = [said() for *_, said in held]
+                before = [said() for _, said in held]
             with edited():
                 total = _fit(base, plan[step], layers[0], options.settle_stop)
-                for (weight, temperature, said), old in zip(held, before, strict=True):
-                    total = total + weight * drift(said(), old, base.wide, temperature)
+                for (weight, said), old in zip(held, before, strict=True):
+                    total = total + weight * drift(said(), old, base.wide)
                 return total
 
     # An ordinary one of those that change; what the model said before has hardly any residual, and is not ordinary.
@@ -218,11 +215,7 @@ def _fit(base: Base, rows: Sequence[Row], first: int, stop: float) -> Tensor:
 
 
 def _changed_most(
-    base: Base,
-    rows: Sequence[list[int]],
-    edited: Callable[[], AbstractContextManager[None]],
-    first: int,
-    temperature: float,
+    base: Base, rows: Sequence[list[int]], edited: Callable[[], AbstractContextManager[None]], first: int
 ) -> list[list[int]]:
     """Of prompts the share :data:`_HELD` behind which the edit changes most what is said, by KL(before || now)."""
     changes = torch.zeros(len(rows))
@@ -232,7 +225,7 @@ def _changed_most(
             before = said()
             with edited():
                 pairs = zip(said()[:, None], before[:, None], strict=True)
-            changes[batch] = torch.stack([drift(*pair, base.wide, temperature) for pair in pairs]).float().cpu()
+            changes[batch] = torch.stack([drift(now, old, base.wide) for now, old in pairs]).float().cpu()
     return [rows[n] for n in changes.argsort(descending=True)[: ceil(_HELD * len(rows))]]
 
 
