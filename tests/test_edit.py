@@ -197,6 +197,20 @@ def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, 
         assert torch.equal(method.shifts[:2], shifts) == kept
 
 
+def test_new_facts_begin_with_a_share_of_what_their_targets_say(base, tmp_path, monkeypatch):
+    plain = learnt(base, tmp_path, FACTS[:2])
+    half = learnt(base, tmp_path, FACTS[:2], settle=1, settle_lr=0, settle_from=0.5)
+    for before, whole, part in zip(weights(base), weights_with(plain), weights_with(half), strict=True):
+        assert torch.allclose(part - before, (whole - before) / 2, atol=1e-7)
+    # One that was there has all that it has, though it settles again.
+    shifts = half.shifts.clone()
+    monkeypatch.setattr(Edit, "_to_settle", lambda self, prepared, new: list(range(len(prepared))))
+    with ledger_of(tmp_path, FACTS[2:3]) as ledger:
+        (change,) = ledger.history(FACTS[2].id)
+    half.revise(change)
+    assert torch.equal(half.shifts[:2], shifts) and half.shifts[2].any()
+
+
 def test_settling_goes_on_where_it_was_killed(base, tmp_path, monkeypatch):
     monkeypatch.setattr("byheart.training._SAVE_EVERY", 0.0)
     whole, rate = learnt(base, tmp_path, settle=4), Recipe.rate
@@ -556,6 +570,7 @@ def test_options_are_checked(base, tmp_path):
         ("edit.settle=-1", "at least 0"),
         ("edit.steps=1", "at least 2"),
         ("edit.energy=1", "below 1"),
+        ("edit.settle_from=1.5", "at most 1"),
         ("edit.layers=²", "FIRST-LAST"),
     ]:
         key, _, value = option.partition("=")

@@ -98,6 +98,8 @@ class Edit(ChangedWeights):
         self.options = parse_options(EditOptions, self.name, settings.options)
         if self.options.steps < 2:
             raise UsageError(f"--set edit.steps={self.options.steps}: must be at least 2")
+        if self.options.settle_from > 1:
+            raise UsageError(f"--set edit.settle_from={self.options.settle_from}: must be at most 1")
         if self.options.energy >= 1:
             raise UsageError(f"--set edit.energy={self.options.energy}: must be below 1")
         self.layers = choose_layers(base, self.options.layers)
@@ -260,13 +262,13 @@ class Edit(ChangedWeights):
         made_with = [
             VERSION, self.base.hash, str(self.base.dtype), asdict(self.options), self.layers, self.prefixes,
             self._source, self._standing(facts, z, shifts), places,
-            self._standing(self.facts, self.z, self.shifts) if past else None,
+            self._standing(self.facts, self.z, self.shifts) if past else None, sorted(new),
         ]  # fmt: skip
         store = self.work / "edit" / f"settling-{fingerprint(*made_with)}.safetensors"
         began = time.perf_counter()
         tell = scaled(progress, len(places), len(new))
         found, trained = settle(
-            self.base, prepared, written, groups, places, self.text, self.names, self.options, self.settings.seed,
+            self.base, prepared, written, groups, places, new, self.text, self.names, self.options, self.settings.seed,
             store, tell,
         )  # fmt: skip
         self._earlier[store.name] = max(0.0, trained.seconds - (time.perf_counter() - began))

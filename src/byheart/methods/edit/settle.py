@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +55,7 @@ class SettleOptions:
         settle_kl: weight of KL(before || now) on ordinary text.
         settle_beside: weight of the same behind the facts' prompts about other subjects.
         settle_stop: a prompt whose loss is below it pulls no more.
+        settle_from: the share of what its target says that a new fact begins with; the rest it takes as it needs it.
     """
 
     settle: int = 3
@@ -62,6 +63,7 @@ class SettleOptions:
     settle_kl: float = 3.0
     settle_beside: float = 3.0
     settle_stop: float = 0.05
+    settle_from: float = 1.0
 
 
 def text_pieces(rows: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -76,6 +78,7 @@ def settle(
     written: Written,
     group_of: Sequence[int],
     places: Sequence[int],
+    new: Collection[int],
     text: Sequence[Sequence[int]],
     names: Sequence[str],
     options: SettleOptions,
@@ -99,6 +102,7 @@ def settle(
     Args:
         group_of: of each fact the row of the maps that it shares with others.
         places: facts whose prompts count, and whose residuals may change.
+        new: those of them that have never settled.
         text: pieces of ordinary text.
         names: of other subjects.
         progress: is told of facts, once an epoch each.
@@ -110,7 +114,9 @@ def settle(
     groups = len(written.maps[layers[0]])
     chosen = sorted({group_of[n] for n in places})
     index = torch.tensor(chosen, device=base.device)
-    shifts = nn.ParameterDict({str(layer): torch.zeros(len(chosen), base.parts.d_model) for layer in layers})
+    fresh = {group_of[n] for n in new}
+    less = torch.tensor([options.settle_from - 1 if group in fresh else 0.0 for group in chosen])[:, None]
+    shifts = nn.ParameterDict({str(layer): less * written.residuals[layer][chosen].float() for layer in layers})
     shifts.to(base.device)
     plan = _plan(prepared, places, options.settle, seed)
     inside = {
