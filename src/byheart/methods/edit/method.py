@@ -39,6 +39,8 @@ from byheart.rows import Fact
 from byheart.storage import fingerprint, replacing
 
 _REFUSED = "rolled back by the gate"
+# Options that folders from before may name.
+_GONE = ("rounds", "settle_temperature")
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
 _STEP = 32
 # Rows of ordinary text that are kept with an edit, and names, out of so many rows, so that a later fact can be settled
@@ -431,10 +433,9 @@ class Edit(ChangedWeights):
         }
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        # What it was made with, not what is usual today: before facts settled, they did not. Options may be gone since.
+        # What it was made with, not what is usual today; folders from before facts settled sought targets in rounds.
         made_with = {"settle": 0} | record["options"]
-        there = EditOptions.__dataclass_fields__
-        self.options = EditOptions(**{name: value for name, value in made_with.items() if name in there})
+        self.options = EditOptions(**{name: value for name, value in made_with.items() if name not in _GONE})
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])
         self._source = record["source"]
