@@ -10,7 +10,7 @@ from byheart.benchmarks.edit_run import Plan, run_editing, score_cases
 from byheart.benchmarks.editing import Case, Probe, counterfact, question_cases, same_subject, zsre
 from byheart.decode import Job, Sampling, complete
 from byheart.edit_report import grids, write_edit_report
-from byheart.errors import DataError
+from byheart.errors import DataError, UsageError
 from byheart.methods import Settings
 from byheart.ordinary import text_rows
 from byheart.perplexity import perplexity
@@ -163,6 +163,14 @@ def test_a_run_scores_the_unedited_model_beside_the_edited_one(tokenizer, tmp_pa
     page = write_edit_report(tmp_path / "run").read_text()
     assert "CounterFact" in page and "more edits" in page
     assert all(len(head) == len(row) for _, head, table in grids(run) for row in table)
+
+
+def test_options_are_read_before_anything_is_scored(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("byheart.benchmarks.edit_run.score_cases", lambda *_: pytest.fail("scored first"))
+    settings = Settings(shots=0, options={"edit.steps": "1"})
+    case = Case(Fact(id="x", subject="Ebb", prompt="{} is", object="Ann"), (Probe("edit", "Ebb is", "Ann", "Holm"),))
+    with pytest.raises(UsageError, match="edit.steps=1: must be at least 2"):
+        run_editing("CounterFact", tiny("llama"), [case], ["rome", "edit"], tmp_path / "run", settings, Plan())
 
 
 def test_metrics_are_those_of_the_probes_likelihoods(tiny):

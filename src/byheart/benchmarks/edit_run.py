@@ -77,9 +77,12 @@ def run_editing(
     """
     show = progress or Silent()
     out.mkdir(parents=True, exist_ok=True)
+    edits = [name for name in methods if name != UNEDITED]
+    for name in edits:  # options that one refuses are told now, not once the unedited model has been scored
+        method_class(name)(base, settings, out)
     run = run_record(base, settings, origin) | {"benchmark": title, "edits": len(cases), "methods": {}}
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name in [UNEDITED, *(m for m in methods if m != UNEDITED)]:
+    for name in [UNEDITED, *edits]:
         method, report = None, LearnReport()
         if name != UNEDITED:
             method, report = _learnt(name, base, cases, out, settings, show)
