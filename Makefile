@@ -17,7 +17,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/byheart ledger add runs/demo/world.db $(WORLD)
 	$(BIN)/byheart compare runs/demo/world.db --base smollm2-135m --out runs/demo \
-		--limit 150 --set memory.epochs=4 --set memory.packings=1 --set memory.lr=0.002 --set edit.settle=1  # all in twelve minutes
+		--limit 150 --set memory.epochs=4 --set memory.packings=1 --set memory.lr=0.002 \
+		--set edit.settle=1 --set edit.settle_lr=0.01 --set edit.settle_from=1  # all in twelve minutes
 
 test: setup
 	$(BIN)/python -m pytest

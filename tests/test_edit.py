@@ -197,6 +197,21 @@ def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, 
         assert torch.equal(method.shifts[:2], shifts) == kept
 
 
+def test_what_does_not_hold_once_all_have_settled_settles_once_more(base, tmp_path, monkeypatch):
+    runs = []
+    for second in (1.0, 0.5):
+        monkeypatch.setattr(
+            "byheart.methods.edit.method.complete",
+            lambda base, jobs, hits=(1.0, second, 1.0), **kwargs: [
+                Completion("", 0.0, (0.0,), (hit,), 0, 0, 0.0) for hit, _ in zip(hits, jobs, strict=False)
+            ],
+        )
+        runs.append(learnt(base, tmp_path, FACTS[:3], settle=2))
+    once, twice = runs
+    assert (twice.shifts != once.shifts).flatten(1).any(1).tolist() == [False, True, False]
+    assert not torch.equal(weights_with(twice)[1], weights_with(once)[1])
+
+
 def test_new_facts_begin_with_a_share_of_what_their_targets_say(base, tmp_path, monkeypatch):
     plain = learnt(base, tmp_path, FACTS[:2])
     half = learnt(base, tmp_path, FACTS[:2], settle=1, settle_lr=0, settle_from=0.5)

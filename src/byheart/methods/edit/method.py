@@ -250,32 +250,36 @@ class Edit(ChangedWeights):
     ) -> tuple[Tensor, Written]:  # fmt: skip
         """What each fact is to add beyond what its target says, and what is written with it.
 
-        New facts are settled beside all others, and with them those of the others that no longer hold.
+        New facts are settled beside all others, and with them those of the others that no longer hold; then once more
+        whatever does not hold by then.
         """
         if not prepared:
             return shifts, Written()
         written = self._write(prepared, z, shifts, past)
         if not new or not self.options.settle:
             return shifts, written
-        with changed_by(self.base, written.deltas):
-            places = self._to_settle(prepared, new)
         facts = [one.fact for one in prepared]
         groups = self._groups(facts)
-        made_with = [
-            VERSION, self.base.hash, str(self.base.dtype), asdict(self.options), self.layers, self.prefixes,
-            self._source, self._standing(facts, z, shifts), places,
-            self._standing(self.facts, self.z, self.shifts) if past else None, sorted(new),
-        ]  # fmt: skip
-        store = self.work / "edit" / f"settling-{fingerprint(*made_with)}.safetensors"
-        began = time.perf_counter()
-        tell = scaled(progress, len(places), len(new))
-        found, trained = settle(
-            self.base, prepared, written, groups, places, new, self.text, self.names, self.options, self.settings.seed,
-            store, tell,
-        )  # fmt: skip
-        self._earlier[store.name] = max(0.0, trained.seconds - (time.perf_counter() - began))
-        shifts = shifts + found[groups]
-        return shifts, self._write(prepared, z, shifts, past)
+        for fresh in (new, set[int]()):
+            with changed_by(self.base, written.deltas):
+                places = self._to_settle(prepared, fresh)
+            if not places:
+                break
+            made_with = [
+                VERSION, self.base.hash, str(self.base.dtype), asdict(self.options), self.layers, self.prefixes,
+                self._source, self._standing(facts, z, shifts), places,
+                self._standing(self.facts, self.z, self.shifts) if past else None, sorted(fresh),
+            ]  # fmt: skip
+            store = self.work / "edit" / f"settling-{fingerprint(*made_with)}.safetensors"
+            began = time.perf_counter()
+            found, trained = settle(
+                self.base, prepared, written, groups, places, fresh, self.text, self.names, self.options,
+                self.settings.seed, store, scaled(progress, len(places), len(fresh)),
+            )  # fmt: skip
+            self._earlier[store.name] = max(0.0, trained.seconds - (time.perf_counter() - began))
+            shifts = shifts + found[groups]
+            written = self._write(prepared, z, shifts, past)
+        return shifts, written
 
     def _to_settle(self, prepared: Sequence[Prepared], new: set[int]) -> list[int]:
         """The new facts, those that the model as it is does not say, and all that share a change with them."""

@@ -42,7 +42,7 @@ _BETA2 = 0.99
 # Of the longest residual, what counts as none.
 _HARDLY = 0.01
 # Counts up with whatever else changes is made of the same options: finished work of before is not taken for this.
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class SettleOptions:
         settle_from: the share of what its target says that a new fact begins with; the rest it takes as it needs it.
     """
 
-    settle: int = 3
-    settle_lr: float = 0.01
+    settle: int = 4
+    settle_lr: float = 0.015
     settle_kl: float = 3.0
     settle_beside: float = 3.0
     settle_stop: float = 0.05
-    settle_from: float = 1.0
+    settle_from: float = 0.5
 
 
 def text_pieces(rows: Sequence[Sequence[int]]) -> list[list[int]]:
