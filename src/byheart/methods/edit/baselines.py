@@ -117,7 +117,7 @@ class FineTuned(Baseline):
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
         self.options = parse_options(self.options_class, self.name, settings.options)
-        self.layer = choose_layers(base, self.options.layers)[-1]
+        self.layer = choose_layers(base, self.options.layers, self.name)[-1]
 
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
         options, base = self.options, self.base
@@ -202,7 +202,7 @@ class Rome(Baseline):
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
         self.options = parse_options(RomeOptions, self.name, settings.options)
-        layers = choose_layers(base, self.options.layers)
+        layers = choose_layers(base, self.options.layers, self.name)
         self.layer = layers[len(layers) // 2]
         self.documents: list[str] | None = None
 

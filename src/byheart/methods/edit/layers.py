@@ -14,8 +14,8 @@ _START = 1 / 9
 WIDTH = 6
 
 
-def choose_layers(base: Base, text: str) -> tuple[int, ...]:
-    """The layers to edit, in ascending order: ``FIRST-LAST``, or ``auto``.
+def choose_layers(base: Base, text: str, method: str = "edit") -> tuple[int, ...]:
+    """The layers to edit, in ascending order: ``FIRST-LAST``, or ``auto``; ``method`` is whose option that is.
 
     Raises:
         UsageError: where the text names no range that the model has; at least one block must lie above it.
@@ -24,7 +24,7 @@ def choose_layers(base: Base, text: str) -> tuple[int, ...]:
     if text != "auto":
         first, _, last = text.partition("-")
         if not first.isdecimal() or not (last or first).isdecimal():
-            raise UsageError(f"--set edit.layers={text}: must be FIRST-LAST, such as 3-7, or auto")
+            raise UsageError(f"--set {method}.layers={text}: must be FIRST-LAST, such as 3-7, or auto")
         start, end = int(first), int(last or first)
     else:
         path = traced_path(base)
@@ -34,7 +34,9 @@ def choose_layers(base: Base, text: str) -> tuple[int, ...]:
             start = min(int(depth * _START), depth - 2)
             end = min(start + WIDTH - 1, depth - 2)
     if not 0 <= start <= end < depth - 1:
-        raise UsageError(f"edit.layers={start}-{end}: this model has blocks 0 to {depth - 1}, and one must lie above")
+        raise UsageError(
+            f"{method}.layers={start}-{end}: this model has blocks 0 to {depth - 1}, and one must lie above"
+        )
     return tuple(range(start, end + 1))
 
 
