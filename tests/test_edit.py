@@ -214,7 +214,11 @@ def test_what_does_not_hold_once_all_have_settled_settles_once_more(base, tmp_pa
 
 def test_new_facts_begin_with_a_share_of_what_their_targets_say(base, tmp_path, monkeypatch):
     plain = learnt(base, tmp_path, FACTS[:2])
-    half = learnt(base, tmp_path, FACTS[:2], settle=1, settle_lr=0, settle_from=0.5)
+    few = learnt(base, tmp_path, FACTS[:2], settle=1, settle_lr=0, settle_from=0.5)
+    assert not few.shifts.any()
+    monkeypatch.setattr("byheart.methods.edit.settle._FEW", 0)  # as many facts would
+    (tmp_path / "many").mkdir()
+    half = learnt(base, tmp_path / "many", FACTS[:2], settle=1, settle_lr=0, settle_from=0.5)
     for before, whole, part in zip(weights(base), weights_with(plain), weights_with(half), strict=True):
         assert torch.allclose(part - before, (whole - before) / 2, atol=1e-7)
     # One that was there has all that it has, though it settles again.

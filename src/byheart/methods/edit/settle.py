@@ -35,8 +35,8 @@ _TOKENS, _TEXT_ROWS, _TEXT_TOKENS = 512, 4, 64
 _BESIDE, _SUBJECTS, _ASKED, _HELD = 16, 8, 4096, 0.25
 # Of an epoch, the prompts of a fact that are read behind prefixes; the bare one is always.
 _OTHERS = 1
-# A few facts take few steps an epoch; so many are taken all the same.
-_LEAST_STEPS, _WARMUP = 12, 10
+# A few facts take few steps an epoch; so many are taken all the same. Below so many times as many, facts begin whole.
+_LEAST_STEPS, _FEW, _WARMUP = 12, 2, 10
 # A fact's prompts come twice an epoch, and their gradients are large at first only; by the end that is forgotten.
 _BETA2 = 0.99
 # Of the longest residual, what counts as none.
@@ -55,7 +55,8 @@ class SettleOptions:
         settle_kl: weight of KL(before || now) on ordinary text.
         settle_beside: weight of the same behind the facts' prompts about other subjects.
         settle_stop: a prompt whose loss is below it pulls no more.
-        settle_from: the share of what its target says that a new fact begins with; the rest it takes as it needs it.
+        settle_from: the share of what its target says that a new fact begins with, where there are many (of few: all);
+            the rest it takes as it needs it.
     """
 
     settle: int = 4
@@ -114,11 +115,12 @@ def settle(
     groups = len(written.maps[layers[0]])
     chosen = sorted({group_of[n] for n in places})
     index = torch.tensor(chosen, device=base.device)
-    fresh = {group_of[n] for n in new}
+    plan = _plan(prepared, places, options.settle, seed)
+    # Few facts are hardly in each other's way, and take too few steps to make up for what they began without.
+    fresh = {group_of[n] for n in new} if len(plan) >= _FEW * _LEAST_STEPS else set()
     less = torch.tensor([options.settle_from - 1 if group in fresh else 0.0 for group in chosen])[:, None]
     shifts = nn.ParameterDict({str(layer): less * written.residuals[layer][chosen].float() for layer in layers})
     shifts.to(base.device)
-    plan = _plan(prepared, places, options.settle, seed)
     inside = {
         layer: (written.maps[layer].to(base.device, base.dtype), written.residuals[layer].to(base.device, base.wide))
         for layer in layers
