@@ -8,6 +8,7 @@ import pytest
 from byheart.base import make_base
 from byheart.benchmarks.edit_run import Plan, run_editing, score_cases
 from byheart.benchmarks.editing import Case, Probe, counterfact, question_cases, same_subject, zsre
+from byheart.cli.benchmarks import _ordinary_rows
 from byheart.decode import Job, Sampling, complete
 from byheart.edit_report import grids, write_edit_report
 from byheart.errors import DataError, UsageError
@@ -171,6 +172,17 @@ def test_options_are_read_before_anything_is_scored(tiny, tmp_path, monkeypatch)
     case = Case(Fact(id="x", subject="Ebb", prompt="{} is", object="Ann"), (Probe("edit", "Ebb is", "Ann", "Holm"),))
     with pytest.raises(UsageError, match="edit.steps=1: must be at least 2"):
         run_editing("CounterFact", tiny("llama"), [case], ["rome", "edit"], tmp_path / "run", settings, Plan())
+
+
+def test_a_text_that_nothing_can_be_measured_on_is_refused(tiny, tmp_path):
+    path = tmp_path / "text.txt"
+    for text in ("", "x"):
+        path.write_text(text)
+        with pytest.raises(DataError, match="text.txt: holds too little text"):
+            _ordinary_rows(tiny("llama"), path, 0)
+    path.write_text("Ann keeps the light of Ebb. " * 2)
+    rows, rest = _ordinary_rows(tiny("llama"), path, 0)
+    assert sum(map(len, rows)) > 1 and rest == "Ann keeps the light of Ebb. "
 
 
 def test_metrics_are_those_of_the_probes_likelihoods(tiny):

@@ -383,6 +383,8 @@ def _ordinary_rows(model: Any, text: Path | None, seed: int) -> tuple[tuple[tupl
         return tuple(map(tuple, text_rows(model, None, TOKENS, seed + 1_000_003))), None
     (whole,) = ordinary_text(str(text), "edit") or [""]
     ids = model.tokenizer(whole[len(whole) // 2 :])["input_ids"][-TOKENS:]
+    if len(ids) < 2:  # a token to begin with is none that is predicted
+        raise DataError(f"--text {text}: holds too little text to measure perplexity on")
     rows = tuple(tuple(ids[start : start + 2 * ROW]) for start in range(0, len(ids), 2 * ROW))
     return rows, whole[: len(whole) // 2]
 
