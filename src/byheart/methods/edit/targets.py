@@ -20,8 +20,9 @@ from byheart.methods.edit.prompts import Prepared, Row
 from byheart.padding import left_padded, right_padded
 from byheart.parts import Parts
 
-# Tail tokens of a batch: enough for products at full speed, few enough that what the gradient needs stays near 1 GB.
-BATCH_TOKENS = {"cpu": 512, "cuda": 65_536}
+# Tail tokens of a batch: enough for products at full speed, few enough that what the gradient needs stays near 1 GB
+# (on a graphics card: near 10 GB for a small model, and 60 GB for one of seven billion).
+BATCH_TOKENS = {"cpu": 512, "cuda": 8_192}
 Stop = Literal["fit", "loss", "argmax"]
 
 
