@@ -17,6 +17,7 @@ from byheart.ledger import Ledger
 from byheart.losses import drift
 from byheart.methods import Settings, method_class
 from byheart.methods.edit import guard, solve
+from byheart.methods.edit import settle as settle_module
 from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, trace
 from byheart.methods.edit.common_facts import common_facts
 from byheart.methods.edit.covariance import token_counts
@@ -228,6 +229,24 @@ def test_new_facts_begin_with_a_share_of_what_their_targets_say(base, tmp_path, 
         (change,) = ledger.history(FACTS[2].id)
     half.revise(change)
     assert torch.equal(half.shifts[:2], shifts) and half.shifts[2].any()
+
+
+def test_so_many_times_as_much_is_held_a_step(base, tmp_path, monkeypatch):
+    held = []
+    said = settle_module._said
+
+    def counted(base, rows, first, last):
+        held[-1][last] = max(held[-1][last], len(rows))
+        return said(base, rows, first, last)
+
+    monkeypatch.setattr(settle_module, "_said", counted)
+    monkeypatch.setattr(settle_module, "_changed_most", lambda base, rows, edited, first: rows)
+    for times in (1, 2):
+        held.append([0, 0])
+        learnt(base, tmp_path, settle=1, settle_held=times)
+    (text, beside), (more_text, more_beside) = held
+    assert more_text == 2 * text > 0
+    assert more_beside == 2 * beside > 0
 
 
 def test_settling_goes_on_where_it_was_killed(base, tmp_path, monkeypatch):
@@ -590,6 +609,7 @@ def test_options_are_checked(base, tmp_path):
         ("edit.steps=1", "at least 2"),
         ("edit.energy=1", "below 1"),
         ("edit.settle_from=1.5", "at most 1"),
+        ("edit.settle_held=0", "at least 1"),
         ("edit.layers=²", "FIRST-LAST"),
     ]:
         key, _, value = option.partition("=")

@@ -102,6 +102,8 @@ class Edit(ChangedWeights):
             raise UsageError(f"--set edit.steps={self.options.steps}: must be at least 2")
         if self.options.settle_from > 1:
             raise UsageError(f"--set edit.settle_from={self.options.settle_from}: must be at most 1")
+        if self.options.settle_held < 1:
+            raise UsageError(f"--set edit.settle_held={self.options.settle_held}: must be at least 1")
         if self.options.energy >= 1:
             raise UsageError(f"--set edit.energy={self.options.energy}: must be below 1")
         self.layers = choose_layers(base, self.options.layers)

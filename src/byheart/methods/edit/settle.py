@@ -54,6 +54,7 @@ class SettleOptions:
         settle_lr: Adam's step size, times the length of an ordinary sum of a fact's residuals over the root of d_model.
         settle_kl: weight of KL(before || now) on ordinary text.
         settle_beside: weight of the same behind the facts' prompts about other subjects.
+        settle_held: how many times as much of both each step holds; more is surer, and slower on a CPU.
         settle_stop: a prompt whose loss is below it pulls no more.
         settle_from: the share of what its target says that a new fact begins with, where there are many (of few: all);
             the rest it takes as it needs it.
@@ -63,6 +64,7 @@ class SettleOptions:
     settle_lr: float = 0.015
     settle_kl: float = 3.0
     settle_beside: float = 3.0
+    settle_held: int = 1
     settle_stop: float = 0.05
     settle_from: float = 0.5
 
@@ -113,6 +115,7 @@ def settle(
     """
     layers = sorted(written.maps)
     groups = len(written.maps[layers[0]])
+    pieces, beside = options.settle_held * _TEXT_ROWS, options.settle_held * _BESIDE
     chosen = sorted({group_of[n] for n in places})
     index = torch.tensor(chosen, device=base.device)
     plan = _plan(prepared, places, options.settle, seed)
@@ -140,7 +143,7 @@ def settle(
             return []
         asked, there = [prepared[n].fact for n in places], {one.fact.subject for one in prepared}
         # Of few facts more each, so that a step's worth is held.
-        each = max(1, min(_SUBJECTS, _ASKED // len(asked)), ceil(_BESIDE / _HELD / len(asked)))
+        each = max(1, min(_SUBJECTS, _ASKED // len(asked)), ceil(beside / _HELD / len(asked)))
         rows = about_others(base, asked, there, names, each, seed)
         # By the edit as written, so that one who goes on after a kill holds the same.
         return _changed_most(base, rows, lambda: changed_by(base, written.deltas), layers[0])
@@ -150,8 +153,8 @@ def settle(
         held = [
             (weight, _said(base, draw.sample(rows, min(some, len(rows))), layers[0], last))
             for weight, rows, some, last in (
-                (options.settle_kl, text, _TEXT_ROWS, False),
-                (options.settle_beside, others(), _BESIDE, True),
+                (options.settle_kl, text, pieces, False),
+                (options.settle_beside, others(), beside, True),
             )
             if rows and weight
         ]
