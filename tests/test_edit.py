@@ -87,9 +87,6 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-pytestmark = pytest.mark.real  # every method loads MiniLM, to choose examples with
-
-
 def test_the_base_comes_back_bit_for_bit(base, tmp_path):
     before, mark = weights(base), base.hash
     method = learnt(base, tmp_path)
@@ -98,6 +95,14 @@ def test_the_base_comes_back_bit_for_bit(base, tmp_path):
     assert not same(weights_with(method), before)
     assert same(weights(base), before)
     assert make_base("again", base.model, base.tokenizer).hash == mark
+
+
+def test_without_examples_no_encoder_is_loaded(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("byheart.methods.controls.load_encoder", lambda *args, **kwargs: pytest.fail("loaded"))
+    method = learnt(base, tmp_path)
+    method.save_pretrained(tmp_path / "kept")
+    kept = Edit.from_pretrained(tmp_path / "kept", base)
+    assert kept.used_encoder is None and same(weights_with(kept), weights_with(method))
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -114,7 +114,7 @@ def compare(
             run["methods"][name]["notes"] += [
                 "learnt from training questions, and was asked them: its figures say what it kept, not what it can do"
             ]
-        run.setdefault("encoder", encoder_record(method))
+        run["encoder"] = run.get("encoder") or encoder_record(method)
     run["pairs"] = pairs(rows, settings.seed)
     write_json(out / "run.json", run)
     write_answers(out / "answers.jsonl", questions, answers, rows)
@@ -323,7 +323,7 @@ def write_answers(
 
 def encoder_record(method: Any) -> dict[str, Any]:
     """The card of the encoder that a method finds passages with; empty where it has none."""
-    card = getattr(getattr(method, "encoder", None), "card", None)
+    card = getattr(method, "used_encoder", None)
     return card.to_dict() if isinstance(card, EncoderCard) else {}
 
 

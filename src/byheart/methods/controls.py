@@ -8,12 +8,13 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from byheart import __version__
 from byheart.base import Base
-from byheart.encoder import Encoder, load_encoder
+from byheart.encoder import Encoder, EncoderCard, load_encoder
 from byheart.errors import DataError, UsageError
 from byheart.gold import gold_passages
 from byheart.index import Index
@@ -43,11 +44,19 @@ class _Control:
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         self.base, self.settings, self.work = base, settings, work
-        self.encoder: Encoder = load_encoder(
-            settings.encoder, device=str(base.device), dtype=str(base.dtype).removeprefix("torch.")
-        )
         self.form = PromptFormat(base.tokenizer, chat=settings.chat)
         self.stand: list[Any] = [0, ""]  # in its ledger's history, as Ledger.stand gives it
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What documents are cut and passages found with; loaded when that is first done."""
+        dtype = str(self.base.dtype).removeprefix("torch.")
+        return load_encoder(self.settings.encoder, device=str(self.base.device), dtype=dtype)
+
+    @property
+    def used_encoder(self) -> EncoderCard | None:
+        """The card of the encoder, where something was cut or found with it."""
+        return self.encoder.card if "encoder" in vars(self) else None
 
     def estimate(self, ledger: Ledger) -> str | None:
         """Nothing worth a word."""
@@ -55,7 +64,8 @@ class _Control:
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Draw the examples; nothing is written into the model."""
-        chosen = choose_examples(ledger, self.settings.shots, self.settings.seed, self.encoder.splitter)
+        shots, seed = self.settings.shots, self.settings.seed
+        chosen = choose_examples(ledger, shots, seed, self.encoder.splitter) if shots else []
         self.form = PromptFormat(self.base.tokenizer, chosen, chat=self.settings.chat)
         self.stand = ledger.stand
         return LearnReport()
@@ -116,7 +126,7 @@ class _Control:
                 "byheart": __version__,
                 "method": self.name,
                 "base": {"name": self.base.name, "hash": self.base.hash},
-                "encoder": self.encoder.card.to_dict(),
+                "encoder": None if self.used_encoder is None else self.used_encoder.to_dict(),
                 "settings": self.settings.to_dict(),
                 "examples": examples,
                 "ledger": self.stand,
@@ -132,7 +142,7 @@ class _Control:
         if card["base"]["hash"] != base.hash:
             raise DataError(f"{path}: was made for another base ({card['base']['name']}) than {base.name}")
         method = cls(base, Settings(**card["settings"]), path)
-        if card["encoder"]["hash"] != method.encoder.card.hash:
+        if card["encoder"] is not None and card["encoder"]["hash"] != method.encoder.card.hash:
             raise DataError(f"{path}: was made with another encoder than the {method.encoder.card.name} that is here")
         examples = [
             Example(e["question"], e["answer"], None if e["passage"] is None else Passage(**e["passage"]))
