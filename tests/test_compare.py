@@ -139,6 +139,18 @@ class Counting:
         return [Answer(q.id, text=q.id, evidence=(PAGE,)) for q in questions]
 
 
+def test_an_encoder_that_is_needed_is_loaded_before_any_work(tiny, tmp_path, monkeypatch):
+    def refused(*args, **kwargs):
+        raise DataError("no encoder")
+
+    monkeypatch.setattr("byheart.methods.controls.load_encoder", refused)
+    for name, shots in (("context", 0), ("gold", 0), ("prefix", 0), ("edit", 5)):
+        with pytest.raises(DataError, match="no encoder"):
+            method_class(name)(tiny("llama"), Settings(shots=shots), tmp_path)
+    for name in ("closed", "edit", "memory"):
+        assert method_class(name)(tiny("llama"), Settings(shots=0), tmp_path).used_encoder is None
+
+
 def test_answers_are_picked_up_after_a_kill(tmp_path):
     questions = [Question(id=f"q{n}", question="?", answers=["x"]) for n in range(300)]
     path = tmp_path / "a.jsonl"

@@ -322,7 +322,7 @@ def write_answers(
 
 
 def encoder_record(method: Any) -> dict[str, Any]:
-    """The card of the encoder that a method finds passages with; empty where it has none."""
+    """The card of the encoder that a method cuts documents and finds passages with; empty where it used none."""
     card = getattr(method, "used_encoder", None)
     return card.to_dict() if isinstance(card, EncoderCard) else {}
 

@@ -41,15 +41,19 @@ class _Control:
     learns: ClassVar[Kind] = "document"
     # Why it cannot be written to a folder; empty where it can.
     not_kept: ClassVar[str] = ""
+    # Whether documents are cut or passages found, whatever the settings.
+    cuts: ClassVar[bool] = False
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         self.base, self.settings, self.work = base, settings, work
         self.form = PromptFormat(base.tokenizer, chat=settings.chat)
         self.stand: list[Any] = [0, ""]  # in its ledger's history, as Ledger.stand gives it
+        if self.cuts or settings.shots:
+            _ = self.encoder  # what is wrong with it is said before any work
 
     @cached_property
     def encoder(self) -> Encoder:
-        """What documents are cut and passages found with; loaded when that is first done."""
+        """What documents are cut and passages found with; loaded only where that is done."""
         dtype = str(self.base.dtype).removeprefix("torch.")
         return load_encoder(self.settings.encoder, device=str(self.base.device), dtype=dtype)
 
@@ -167,6 +171,7 @@ class Context(_Control):
     """Retrieved passages in the prompt: what any gain of another way has to be held against."""
 
     name = "context"
+    cuts = True
     _retriever: Retriever
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
@@ -223,6 +228,7 @@ class Gold(_Control):
     """The known right passages in the prompt: as good as retrieval could ever be."""
 
     name = "gold"
+    cuts = True
     not_kept = "needs questions with known documents, so it cannot be kept; use it in compare"
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
