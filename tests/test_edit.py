@@ -619,10 +619,10 @@ def test_options_are_checked(base, tmp_path):
     ]:
         key, _, value = option.partition("=")
         with pytest.raises(UsageError, match=says):
-            Edit(base, Settings(options={key: value}), tmp_path)
+            Edit(base, Settings(shots=0, options={key: value}), tmp_path)
     for name in ("ft", "rome"):
         with pytest.raises(UsageError, match=f"^{name}.layers=9-9: "):
-            method_class(name)(base, Settings(options={f"{name}.layers": "9"}), tmp_path)
+            method_class(name)(base, Settings(shots=0, options={f"{name}.layers": "9"}), tmp_path)
     t5 = make_base("t5", tiny_model("t5", len(base.tokenizer)), base.tokenizer)
     with pytest.raises(DataError, match="decoder-only"):
         Edit(t5, Settings(), tmp_path)

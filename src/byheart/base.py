@@ -8,7 +8,7 @@ import inspect
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +137,11 @@ def choose_device(name: str | None = None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: no CUDA device is there")
     return device
+
+
+def for_device(sizes: Mapping[str, int], device: torch.device) -> int:
+    """Of sizes for ``cpu`` and ``cuda`` the one for a device; what is no CPU is taken for a graphics card."""
+    return sizes["cpu" if device.type == "cpu" else "cuda"]
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -22,7 +22,6 @@ import torch
 from byheart import __version__
 from byheart.answer import answer_all
 from byheart.base import Base
-from byheart.encoder import EncoderCard
 from byheart.errors import DataError
 from byheart.judges import Judge
 from byheart.ledger import Ledger
@@ -324,7 +323,7 @@ def write_answers(
 def encoder_record(method: Any) -> dict[str, Any]:
     """The card of the encoder that a method cuts documents and finds passages with; empty where it used none."""
     card = getattr(method, "used_encoder", None)
-    return card.to_dict() if isinstance(card, EncoderCard) else {}
+    return {} if card is None else dict(card.to_dict())
 
 
 def run_record(base: Base, settings: Settings, origin: dict[str, Any] | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from byheart.attention import fast_attention
-from byheart.base import Base
+from byheart.base import Base, for_device
 from byheart.errors import DataError
 from byheart.kv import KV, length
 from byheart.padding import right_padded
@@ -250,7 +250,8 @@ class _Work:
             [option_ids(base.tokenizer, job.prompt, ids, option, beginning=not job.past) for option in job.options]
             for job, ids in zip(jobs, prompts, strict=True)
         ]
-        self.kind = base.device.type if base.device.type in READ_TOKENS else "cuda"
+        self.read_tokens, self.write_rows = (for_device(sizes, base.device) for sizes in (READ_TOKENS, WRITE_ROWS))
+        self.cache_bytes = for_device(CACHE_BYTES, base.device)
         self.ends = end_tokens(base)
         self.line_ends = base.line_ends if max_new_tokens else frozenset()
         self.blanks = base.blanks if max_new_tokens else frozenset()
@@ -371,7 +372,7 @@ class _Causal(_Work):
         if self.slides and self.longest_past:
             return rows <= 1  # padding between a past and its prompt would use the window up
         columns = self.longest_past + longest + self.max_new
-        return rows <= WRITE_ROWS[self.kind] and rows * columns * self.column_bytes <= CACHE_BYTES[self.kind]
+        return rows <= self.write_rows and rows * columns * self.column_bytes <= self.cache_bytes
 
     def batch(self, rows: Sequence[int]) -> list[_Result]:
         """Read, score and continue the prompts of ``rows``, longest first."""
@@ -395,7 +396,7 @@ class _Causal(_Work):
 
         def read() -> Tensor:
             found = []
-            for part in batches([len(r) for r in rest], lambda n, longest: n * longest <= READ_TOKENS[self.kind]):
+            for part in batches([len(r) for r in rest], lambda n, longest: n * longest <= self.read_tokens):
                 here, wide = slice(part[0], part[-1] + 1), len(rest[part[0]])
                 ids = torch.tensor([[0] * (wide - len(rest[n])) + rest[n] for n in part], device=device)
                 places = (torch.arange(wide, device=device)[None] - wide + ends[here, None]).clamp(min=0)
@@ -453,7 +454,7 @@ class _Seq2Seq(_Work):
 
     def fits(self, rows: int, longest: int) -> bool:
         """Whether so many rows with prompts up to ``longest`` may be one batch."""
-        return rows <= WRITE_ROWS[self.kind] and rows * longest <= 4 * READ_TOKENS[self.kind]
+        return rows <= self.write_rows and rows * longest <= 4 * self.read_tokens
 
     def batch(self, rows: Sequence[int]) -> list[_Result]:
         base, device = self.base, self.base.device

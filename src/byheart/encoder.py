@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from byheart import embedded
-from byheart.base import choose_device, choose_dtype, model_files, model_folder, quiet_transformers
+from byheart.base import choose_device, choose_dtype, for_device, model_files, model_folder, quiet_transformers
 from byheart.errors import DataError, first_line
 from byheart.storage import read_json, sha256
 
@@ -80,7 +80,7 @@ class Encoder:
         rows = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         out = np.empty((len(rows), self.card.dim), dtype=np.float32)
-        budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
+        budget = for_device(BATCH_TOKENS, device)
         start = 0
         while start < len(order):
             width = len(rows[order[start]])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from byheart.attention import fast_attention
-from byheart.base import Base
+from byheart.base import Base, for_device
 from byheart.errors import DataError
 from byheart.ordinary import OWN, text_rows, text_source
 from byheart.padding import right_padded
@@ -91,7 +91,7 @@ def moments_of(base: Base, layers: Sequence[int], rows: Sequence[Sequence[int]])
     count = 0
     wide = base.wide
     ordered = sorted(rows, key=len)
-    at_once = _ROWS.get(base.device.type, _ROWS["cuda"])
+    at_once = for_device(_ROWS, base.device)
     for start in range(0, len(ordered), at_once):
         some = ordered[start : start + at_once]
         ids, mask, _ = right_padded(some, base.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from byheart.attention import fast_attention
-from byheart.base import Base
+from byheart.base import Base, for_device
 from byheart.blocks import Stretch, read_context, shared_beginnings, take_rows
 from byheart.decode import batches
 from byheart.losses import token_loss
@@ -102,7 +102,7 @@ def find_targets(
         torch.zeros(len(prepared), dtype=wide),
         torch.zeros(len(prepared), dtype=torch.long),
     )
-    limit = BATCH_TOKENS.get(base.device.type, BATCH_TOKENS["cuda"])
+    limit = for_device(BATCH_TOKENS, base.device)
     average = sum(sizes) / max(len(sizes), 1)
     with fast_attention(base.model):
         for batch in batches(widths, lambda count, longest: count * average <= limit):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from byheart.attention import fast_attention
-from byheart.base import Base
+from byheart.base import Base, for_device
 from byheart.blocks import Stretch, read_context, repeated, shared_beginnings
 from byheart.decode import batches
 from byheart.methods.edit import solve
@@ -194,7 +194,7 @@ class Reader:
     def _batches(self, rows: list[tuple[int, Row]]) -> list[_Lookups]:
         beginnings, of_row = shared_beginnings(self.base, [row.context for _, row in rows], _LEAST)
         begun = _Beginnings(self.base, beginnings[:-1], self.last) if any(beginnings) else None
-        limit = BATCH_TOKENS.get(self.base.device.type, BATCH_TOKENS["cuda"])
+        limit = for_device(BATCH_TOKENS, self.base.device)
         made = []
         for number, beginning in enumerate(beginnings):
             # What follows the lookup token cannot reach it, so the rows end there.

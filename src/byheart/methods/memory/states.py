@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from byheart.attention import fast_attention
-from byheart.base import Base
+from byheart.base import Base, for_device
 from byheart.blocks import Stretch
 from byheart.decode import READ_TOKENS, batches
 from byheart.losses import drift, token_loss
@@ -58,7 +58,7 @@ def keep_states(base: Base, rows: Sequence[Row], block: int, path: Path) -> Stat
     width, dtype = base.parts.d_model, base.dtype
     if not path.exists():
         ends = [0, *accumulate(len(row.ids) for row in rows)]
-        limit = READ_TOKENS.get(base.device.type, READ_TOKENS["cuda"])
+        limit = for_device(READ_TOKENS, base.device)
         with replacing(path) as unfinished, fast_attention(base.model), torch.no_grad():
             data = np.memmap(unfinished, _BITS[dtype.itemsize], "w+", shape=(ends[-1], width))
             for batch in batches([len(row.ids) for row in rows], lambda count, longest: count * longest <= limit):
