@@ -586,7 +586,7 @@ def test_few_columns_a_passage_are_learnt_and_kept(tiny, small, tmp_path, encode
         method.save_pretrained(tmp_path / f"saved-{method.work.name}")
         again = asked_of(Prefix.from_pretrained(tmp_path / f"saved-{method.work.name}", base))
         assert [(a.text, a.reference) for a in again] == [(a.text, a.reference) for a in answers]
-    with pytest.raises(UsageError, match="no tokens to blend"):
+    with pytest.raises(UsageError, match="none of them can be blended"):
         Prefix(base, Settings(options=options | {"prefix.blend": "0.5"}), tmp_path)
 
 

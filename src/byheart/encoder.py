@@ -99,14 +99,41 @@ class Encoder:
         rows = self.tokenizer(list(texts), truncation=True, max_length=self.card.limit)["input_ids"]
         return self._hidden(rows, max(map(len, rows)), next(self.model.parameters()).device)
 
+    @torch.inference_mode()
+    def described(self, texts: Sequence[str]) -> list[tuple[Tensor, NDArray[np.int64]]]:
+        """What the encoder says of each text's tokens, in its middle and at its top, and where they stand.
+
+        Returns:
+            For each text states (tokens, 2 dim) and the characters from which and up to which each token reaches
+            (tokens, 2), without the tokens that the encoder puts around a text. What is past what positions allow is
+            not there.
+        """
+        found = self.tokenizer(list(texts), truncation=True, max_length=self.card.limit, return_offsets_mapping=True)
+        rows = found["input_ids"]
+        device = next(self.model.parameters()).device
+        given, _ = self._batch(rows, max(map(len, rows)), device)
+        layers = self.model(**given, output_hidden_states=True).hidden_states
+        states = torch.cat([layers[len(layers) // 2], layers[-1]], -1)
+        told = []
+        for row, places in zip(states, found["offset_mapping"], strict=True):
+            spans = np.array(places)
+            real = spans[:, 0] < spans[:, 1]
+            told.append((row[: len(spans)][torch.from_numpy(real).to(device)], spans[real]))
+        return told
+
     def _hidden(self, rows: list[list[int]], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        given, mask = self._batch(rows, width, device)
+        return self.model(**given).last_hidden_state, mask
+
+    @staticmethod
+    def _batch(rows: list[list[int]], width: int, device: torch.device) -> tuple[dict[str, Any], Tensor]:
+        """Rows as the encoder takes them, and their mask."""
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         mask = (torch.arange(width)[None] < lengths[:, None]).long().to(device)
         # No mask where nothing is padded: attention then takes its fastest path.
         padded = bool((lengths < width).any())
-        hidden = self.model(input_ids=ids.to(device), attention_mask=mask if padded else None).last_hidden_state
-        return hidden, mask
+        return {"input_ids": ids.to(device), "attention_mask": mask if padded else None}, mask
 
     @torch.inference_mode()
     def _forward(self, rows: list[list[int]], width: int, device: torch.device) -> Tensor:

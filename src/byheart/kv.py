@@ -128,14 +128,18 @@ class Rotation:
         by = start - kv.start
         if by == 0:
             return kv
+        return replace(kv, keys=self.turned(kv.keys, torch.tensor([by])), start=start, end=kv.end + by)
+
+    def turned(self, keys: Sequence[Tensor], by: Tensor) -> tuple[Tensor, ...]:
+        """Keys (kv_heads, n, head_dim) of every block, turned by so many positions: one number for all, or (n)."""
         turns: dict[int, tuple[Tensor, Tensor]] = {}
-        keys = []
-        for key, call in zip(kv.keys, self._calls, strict=True):
+        found = []
+        for key, call in zip(keys, self._calls, strict=True):
             assert call is not None
             if id(call) not in turns:
-                turns[id(call)] = call.turn(by, key.device)
-            keys.append(_turned(key, *turns[id(call)]))
-        return replace(kv, keys=tuple(keys), start=start, end=kv.end + by)
+                turns[id(call)] = call.turn(by.to(key.device))
+            found.append(_turned(key, *turns[id(call)]))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -146,10 +150,10 @@ class _RotaryCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def turn(self, by: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, (rotated dimensions), of ``by`` positions; in fp32 whatever the model's type."""
+    def turn(self, by: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, (n, rotated dimensions), of ``by`` (n) positions; in fp32 whatever the model's type."""
         # From the lower position on, since a module need not know negative ones.
-        places = torch.tensor([[max(0, -by), max(0, by)]], device=device)
+        places = torch.cat([(-by).clamp(min=0), by.clamp(min=0)])[None]
 
         def asked(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -158,7 +162,7 @@ class _RotaryCall:
 
         with torch.no_grad():
             cos, sin = self.module(*map(asked, self.args), **{n: asked(v) for n, v in self.kwargs.items()})
-        (c0, c1), (s0, s1) = cos.double()[0], sin.double()[0]
+        (c0, c1), (s0, s1) = cos.double()[0].chunk(2), sin.double()[0].chunk(2)
         norm = c0 * c0 + s0 * s0  # 1, but where the angles come scaled
         return (c0 * c1 + s0 * s1) / norm, (s1 * c0 - c1 * s0) / norm
 
@@ -168,7 +172,7 @@ def _turned(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     size = cos.shape[-1]
     wide = torch.float64 if key.dtype == torch.float64 else torch.float32
     part = key[..., :size].to(wide)
-    if torch.equal(cos[: size // 2], cos[size // 2 :]):
+    if torch.equal(cos[..., : size // 2], cos[..., size // 2 :]):
         first, second = part.chunk(2, -1)
         across = torch.cat([-second, first], -1)
     else:  # pairs stand side by side

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from byheart import kv
@@ -30,7 +31,7 @@ _LOOKED_AT = 64
 
 def digest_of(module: nn.Module) -> str:
     """A hash of what a module learnt."""
-    parts = (one.detach().cpu().numpy().tobytes() for one in module.state_dict().values())
+    parts = (one.detach().cpu().flatten().view(torch.uint8).numpy() for one in module.state_dict().values())
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -125,16 +126,24 @@ class Cache:
         return count, each
 
 
-class Few(Cache):
-    """The same passages in a few columns each; ``mark`` tells how they are made from any other way."""
+class Made(Cache):
+    """The same passages, with columns that are made in another way; ``mark`` tells it from any other."""
 
-    def __init__(self, whole: Cache, count: int, mark: str) -> None:
+    def __init__(self, whole: Cache, mark: str) -> None:
         vars(self).update(vars(whole))  # the beginning is read already
-        self.whole, self._count, self._mark = whole, count, mark
+        self.whole, self._mark = whole, mark
 
     def path(self, passage: Block) -> Path:
         """A passage's file; made in another way, another file."""
-        return self.files.path(self.whole.path(passage).name, str(self._count), self._mark)
+        return self.files.path(self.whole.path(passage).name, self._mark)
+
+
+class Few(Made):
+    """The same passages in a few columns each."""
+
+    def __init__(self, whole: Cache, count: int, mark: str) -> None:
+        super().__init__(whole, f"{count} {mark}")
+        self._count = count
 
     def columns(self, passage: Block) -> int:
         """How many columns a passage takes."""

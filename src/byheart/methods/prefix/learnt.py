@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -28,6 +29,7 @@ from byheart.methods.prefix.instances import NEAREST, Instances, hardness
 from byheart.methods.prefix.marginal import Turn, learn_turn
 from byheart.methods.prefix.slots import Slots, chosen_columns
 from byheart.methods.prefix.store import Precision, Store
+from byheart.methods.prefix.tokens import Imitated, TokenHeads, fit_heads
 from byheart.methods.prefix.tuning import (
     Batch,
     Beside,
@@ -62,9 +64,11 @@ class PrefixOptions:
         store: ``none`` encodes what was retrieved when a question comes; ``disk`` encodes all passages beforehand.
         precision: of what is on disk: ``model`` (as the model computes) or ``int8`` (about half of bf16).
         blend: with several passages, the share of their tokens that is read again with all passages in sight.
-        encoder: ``cache``: all of a passage's keys and values; ``compressed``: a few that are fitted to them; ``text``:
-            a few that learnt heads on the text encoder emit.
-        columns: of a passage, where it is not the cache.
+        encoder: ``cache``: all of a passage's keys and values; ``compressed``: a few that are fitted to them;
+            ``tokens``: as many as it has tokens, made by heads on the text encoder that are fitted to the model's own;
+            ``text``: a few that learnt heads on the text encoder emit.
+        columns: of a passage, with ``compressed`` and ``text``.
+        fit: passages of the ledger that the heads of ``tokens`` are fitted to, drawn by the seed.
         tune_encoder: with ``text``, train a copy of the text encoder along, in steps a hundred times smaller.
         distil, vicreg, fair, wrong: weights of what training adds to cross-entropy, see
             :class:`byheart.methods.prefix.tuning.Terms`; ``fair`` goes by the questions' ``kind``.
@@ -86,8 +90,9 @@ class PrefixOptions:
     store: Literal["none", "disk"] = "none"
     precision: Precision = "model"
     blend: float = 0.0
-    encoder: Literal["cache", "compressed", "text"] = "cache"
+    encoder: Literal["cache", "compressed", "tokens", "text"] = "cache"
     columns: int = 16
+    fit: int = 1000
     tune_encoder: bool = False
     distil: float = 0.0
     vicreg: float = 0.0
@@ -120,14 +125,14 @@ class Learnt(Context):
         for name in ("blend", "interpolate"):
             if getattr(options, name) > 1:
                 raise UsageError(f"--set prefix.{name}={getattr(options, name)}: must be a share, at most 1")
-        for name in ("epochs", "batch", "columns"):
+        for name in ("epochs", "batch", "columns", "fit"):
             if getattr(options, name) < 1:
                 raise UsageError(f"--set prefix.{name}={getattr(options, name)}: must be at least 1")
         if options.passages == "none" and not options.slots:
             raise UsageError("--set prefix.passages=none: leaves nothing to answer from; learn some with prefix.slots")
         if options.encoder != "cache" and (options.blend or options.passages == "none"):
             raise UsageError(
-                f"--set prefix.encoder={options.encoder}: needs retrieved passages, and has no tokens to blend"
+                f"--set prefix.encoder={options.encoder}: needs retrieved passages, and none of them can be blended"
             )
         if options.vicreg and options.encoder != "text":
             raise UsageError(
@@ -154,9 +159,10 @@ class Learnt(Context):
         super().__init__(base, settings, work)
         self._files = Store(work / "prefix", options.precision)
         self._whole: Cache | None = None
-        self._few: Cache | None = None
+        self._made: Cache | None = None
         self.slots: Slots | None = None
         self.heads: Heads | None = None
+        self.tokens: TokenHeads | None = None
         self.turn: Turn | None = None
         self.instances: Instances | None = None
 
@@ -194,16 +200,16 @@ class Learnt(Context):
     @property
     def cache(self) -> Cache:
         """The same as questions see them: in a few columns where they are to be."""
-        compressed = self.options.encoder == "compressed"
-        if self.heads is None and not compressed:
-            return self.whole
-        if self._few is None or self._few.form is not self.form:
-            self._few = (
-                Compressed(self.whole, self.options.columns)
-                if self.heads is None
-                else Emitted(self.whole, self.heads, self.encoder)
-            )
-        return self._few
+        if self._made is None or self._made.form is not self.form:
+            if self.options.encoder == "compressed":
+                self._made = Compressed(self.whole, self.options.columns)
+            elif self.tokens is not None:
+                self._made = Imitated(self.whole, self.tokens, self.encoder)
+            elif self.heads is not None:
+                self._made = Emitted(self.whole, self.heads, self.encoder)
+            else:
+                return self.whole
+        return self._made
 
     def _past(self, passages: Sequence[Block], blocks: Sequence[KV]) -> tuple[KV, ...]:
         return self.cache.past(passages, blocks, self.options.blend)
@@ -217,13 +223,18 @@ class Learnt(Context):
         return bool(self.options.slots) or self.options.encoder == "text"
 
     @property
+    def _learns(self) -> bool:
+        """Whether anything is learnt that is kept beside the index."""
+        return self._trains or self.options.encoder == "tokens" or self.options.realm > 0
+
+    @property
     def _learnt(self) -> nn.ModuleDict:
         """All that is learnt, under the names that it has on disk."""
-        there = {"slots": self.slots, "heads": self.heads, "turn": self.turn}
+        there = {"slots": self.slots, "heads": self.heads, "tokens": self.tokens, "turn": self.turn}
         return nn.ModuleDict({name: one for name, one in there.items() if one is not None})
 
     def _learnt_bytes(self) -> int:
-        return sum(4 * one.numel() for one in self._learnt.parameters())
+        return sum(one.numel() * one.element_size() for one in self._learnt.parameters())
 
     def learnt(self) -> tuple[KV, ...]:
         """The learnt columns that stand before everything, where there are any."""
@@ -231,6 +242,21 @@ class Learnt(Context):
             return ()
         with torch.no_grad():
             return (self.slots.kv(self.base.dtype),)
+
+    def _fit(self, report: LearnReport, progress: Progress) -> LearnReport:
+        """Fit heads to what the model makes of some of the indexed passages itself."""
+        began = time.perf_counter()
+        index, seed = self._retriever.index, self.settings.seed
+        drawn = set(random.Random(seed).sample(range(len(index)), min(self.options.fit, len(index))))
+        some = [passage for n, (_, passage) in enumerate(index.all_passages()) if n in drawn]
+        if not some:
+            raise DataError(f"{self.name}: the ledger has no document to fit heads to")
+        beginning = (self.form.pieces("", ()), self.whole.first, self.encoder.card.hash)
+        mark = fingerprint(self.base.hash, str(self.base.dtype), beginning, some)
+        tell = scaled(progress, len(some), report.documents)
+        self.tokens = fit_heads(self.whole, self.encoder, some, self.work / f"fit-{mark}.safetensors", tell)
+        note = f"heads fitted to {len(some)} passages"
+        return replace(report, seconds=time.perf_counter() - began, notes=(note,))
 
     def _tune(self, ledger: Ledger, report: LearnReport, progress: Progress) -> LearnReport:
         options, base, seed = self.options, self.base, self.settings.seed

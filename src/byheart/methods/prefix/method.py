@@ -13,6 +13,7 @@ from typing import Self
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from byheart import kv
 from byheart.base import Base
 from byheart.decode import Job, complete
 from byheart.errors import DataError, first_line
@@ -25,6 +26,7 @@ from byheart.methods.prefix.instances import NEAREST, Instances, instances_of, i
 from byheart.methods.prefix.learnt import Learnt
 from byheart.methods.prefix.marginal import Turn
 from byheart.methods.prefix.slots import Slots
+from byheart.methods.prefix.tokens import TokenHeads
 from byheart.methods.reading import CONTENT_FREE, ask, options_of
 from byheart.progress import scaled
 from byheart.rows import Question
@@ -55,7 +57,7 @@ class Prefix(Learnt):
         """
         if not self._keeps:
             return None
-        columns = None if self.options.encoder == "cache" else self.options.columns
+        columns = None if self.options.encoder in ("cache", "tokens") else self.options.columns
         passages = segment(ledger.documents(), self.encoder.splitter, self.settings.segment)
         count, each = self.cache.size(passages, columns)
         return f"prefix: {count:,} passages of about {each / 1e6:.2f} MB, {each * count / 1e9:.2f} GB on disk"
@@ -63,21 +65,26 @@ class Prefix(Learnt):
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
         """Index the ledger's documents; train what is to be learnt; with ``store=disk`` read every passage.
 
-        ``progress`` is told of documents by what takes longest: training, else reading, else indexing.
+        ``progress`` is told of documents by what takes longest: fitting and training, else reading, else indexing.
         """
 
         def silent(count: int) -> None: ...
 
-        report = super().learn(ledger, silent if self._trains or self._keeps else progress)
+        fits = self.options.encoder == "tokens"
+        learning = scaled(progress, 2, 1) if fits and self._trains else progress  # half of it each
+        report = super().learn(ledger, silent if self._trains or self._keeps or fits else progress)
         seconds, stored, notes = report.seconds, report.bytes, report.notes
-        self._whole, self._few, self.slots, self.heads, self.turn = None, None, None, None, None
+        self._whole = self._made = self.slots = self.heads = self.tokens = self.turn = None
+        if fits:
+            fitted = self._fit(report, learning)
+            seconds, notes = seconds + fitted.seconds, (*notes, *fitted.notes)
         if self._remembers:
             shown = {normalize(example.question) for example in self.form.examples}
             asked = [one for one in ledger.questions(["train"]) if normalize(one.question) not in shown]
             self.instances = Instances(self.encoder, instances_of(asked, self._retriever))
         if self._trains:
-            report = self._tune(ledger, report, progress)
-            seconds, notes = seconds + report.seconds, report.notes
+            report = self._tune(ledger, report, learning)
+            seconds, notes = seconds + report.seconds, (*notes, *report.notes)
         if self.options.realm:
             report = self._follow_reader(ledger, report)
             seconds, notes = seconds + report.seconds, (*notes, *report.notes)
@@ -86,7 +93,7 @@ class Prefix(Learnt):
             began = time.perf_counter()
             index = self._retriever.index
             self.cache.size((passage for _, passage in index.all_passages()), None)
-            tick = silent if self._trains else scaled(progress, max(len(index), 1), report.documents)
+            tick = silent if self._trains or fits else scaled(progress, max(len(index), 1), report.documents)
             self.cache.keep((passage for _, passage in index.all_passages()), tick)
             kept = bytes_under(self._files.folder)
             seconds, stored = seconds + time.perf_counter() - began, stored + kept
@@ -101,8 +108,8 @@ class Prefix(Learnt):
         form, gone = self.form, {self.cache.path(one) for one in self._of_document(change)}
         report = super().revise(change)
         self._follow_instances(change)
-        if self._trains or self.turn is not None:
-            report = replace(report, notes=(*report.notes, "what was trained stays; learn again for it to follow"))
+        if self._learns:
+            report = replace(report, notes=(*report.notes, "what was learnt stays; learn again for it to follow"))
         if not self._keeps:
             return report
         began = time.perf_counter()
@@ -224,7 +231,7 @@ class Prefix(Learnt):
 
     def _save_into(self, folder: Path) -> None:
         super()._save_into(folder)
-        if self._trains or self.turn is not None:
+        if self._learns:
             save_file({name: one.detach().cpu() for name, one in self._learnt.named_parameters()}, folder / _LEARNT)
         if self.instances is not None:
             self.instances.save(folder / _INSTANCES)
@@ -237,7 +244,7 @@ class Prefix(Learnt):
         method = super().from_pretrained(path, base)
         if method._remembers:
             method.instances = Instances.load(path / _INSTANCES, method.encoder)
-        if not method._trains and not method.options.realm:
+        if not method._learns:
             return method
         try:
             found = load_file(path / _LEARNT)
@@ -249,6 +256,8 @@ class Prefix(Learnt):
                 inside = {name: one for name, one in found.items() if name.startswith("heads.")}
                 heads.load_state_dict({name.removeprefix("heads."): one for name, one in inside.items()})
                 method.heads = heads
+            if method.options.encoder == "tokens":
+                method.tokens = TokenHeads(found["tokens.weight"].to(base.device), kv.read(base, [[0]])[0])
             if method.options.realm:
                 method.turn = Turn(method.encoder.card.dim).to(base.device)
                 method.turn.load_state_dict({"change": found["turn.change"]})

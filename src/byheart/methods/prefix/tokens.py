@@ -1,0 +1,152 @@
+"""A column for each token of a passage, made of what a text encoder says of it; the model itself does not read it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from byheart import kv
+from byheart.decode import batches
+from byheart.encoder import Encoder
+from byheart.kv import KV, Rotation
+from byheart.methods.prefix.cache import Block, Cache, Made, digest_of
+from byheart.storage import replacing
+
+# Of the mean square of each thing that is known: what keeps the least squares from going by what two of them share.
+_RIDGE = 1e-3
+# Tokens whose columns are made at once, passages that are fitted to at once, and seconds of it that a kill can cost.
+_READ, _AT_ONCE, _SAVE_EVERY = 2_048, 16, 60.0
+
+
+class TokenHeads(nn.Module):
+    """One linear map from what is known of a token to its keys and values in every block.
+
+    Known are the model's own embeddings of it and of the token before it, and the encoder's states in its middle and at
+    its top, where it stands. Keys are those that the token would have at position 0, where keys can be moved.
+    """
+
+    def __init__(self, weight: Tensor, like: KV) -> None:
+        """Take the map (known, keys and values of all blocks) and any column of the model."""
+        super().__init__()
+        pairs = zip(like.keys, like.values, strict=True)
+        self._heads = [(key.shape[0], key.shape[2], value.shape[2]) for key, value in pairs]
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def columns(self, known: Tensor, start: int, rotation: Rotation | None, dtype: torch.dtype) -> KV:
+        """The columns of tokens of which ``known`` (n, known) is known, the first of them at position ``start``."""
+        flat = known @ self.weight.to(known)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        at = 0
+        for heads, *sizes in self._heads:
+            for into, size in zip((keys, values), sizes, strict=True):
+                into.append(flat[:, at : at + heads * size].reshape(-1, heads, size).transpose(0, 1).contiguous())
+                at += heads * size
+        end = start + len(known)
+        there = keys if rotation is None else rotation.turned(keys, torch.arange(start, end))
+        return KV(tuple(one.to(dtype) for one in there), tuple(one.to(dtype) for one in values), start, end)
+
+
+class Imitated(Made):
+    """Passages in the columns that heads make for their tokens, at the place of the first passage."""
+
+    def __init__(self, whole: Cache, heads: TokenHeads, encoder: Encoder) -> None:
+        super().__init__(whole, digest_of(heads))
+        self._heads, self._encoder = heads, encoder
+
+    def fresh(self, passages: Sequence[Block]) -> list[KV]:
+        """Columns of passages that are not on disk."""
+        found: dict[int, KV] = {}
+        lengths = [len(self.ids(passage)) for passage in passages]
+        for batch in batches(lengths, lambda count, longest: count * longest <= _READ):
+            for n, one in zip(batch, known_of(self.whole, self._encoder, [passages[n] for n in batch]), strict=True):
+                found[n] = self._heads.columns(one, self.start, self.rotation, self.base.dtype)
+        return [found[n] for n in range(len(passages))]
+
+
+def known_of(whole: Cache, encoder: Encoder, passages: Sequence[Block]) -> list[Tensor]:
+    """What is known of each passage's tokens without the model's reading it (tokens, known), in fp32."""
+    base, texts = whole.base, [whole.form.block(passage) for passage in passages]
+    rows = base.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    found = []
+    for passage, spans, (states, places) in zip(
+        passages, rows["offset_mapping"], encoder.described(texts), strict=True
+    ):
+        ids = torch.tensor(whole.ids(passage), device=base.device)
+        with torch.no_grad():
+            own = base.parts.embeddings(ids).float()
+        shares = torch.from_numpy(_shares(np.array(spans).reshape(-1, 2), places)).to(states.device)
+        before = torch.cat([torch.zeros_like(own[:1]), own[:-1]])
+        told = (shares @ states.float()).to(own.device)
+        found.append(torch.cat([own, before, told, torch.ones_like(own[:, :1])], 1))
+    return found
+
+
+def _shares(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> NDArray[np.float32]:
+    """For each of our tokens (characters from, to) the shares of the encoder's that it lies over; they sum to 1.
+
+    One that lies over none (space between words) goes with the last before it, or the first.
+    """
+    over = (theirs[None, :, 0] < ours[:, 1:]) & (theirs[None, :, 1] > ours[:, :1])
+    nearest = np.searchsorted(theirs[:, 1], ours[:, 0], side="right").clip(1) - 1
+    alone = np.arange(len(theirs))[None] == nearest[:, None]
+    shares: NDArray[np.float32] = np.where(over.any(1, keepdims=True), over, alone).astype(np.float32)
+    shares /= shares.sum(1, keepdims=True)
+    return shares
+
+
+def fit_heads(
+    whole: Cache,
+    encoder: Encoder,
+    passages: Sequence[Block],
+    store: Path,
+    progress: Callable[[int], None] = lambda count: None,
+) -> TokenHeads:
+    """Heads whose columns are, over the tokens of some passages, nearest to the model's own (least squares).
+
+    Resumes from ``store``; its name must tell this fit from any other. ``progress`` is told of passages.
+    """
+    known, wanted, done = _resume(store, whole.base.device)
+    progress(done)
+    saved = time.perf_counter()
+    while some := passages[done : done + _AT_ONCE]:
+        blocks = whole.encode(some, kept=False)
+        told = torch.cat(known_of(whole, encoder, some))
+        wanted = wanted + told.T @ torch.cat([_flat(block, whole.rotation) for block in blocks])
+        known = known + told.double().T @ told.double()  # in fp32 it can be told from a sum of squares no more
+        done += len(some)
+        progress(len(some))
+        if time.perf_counter() - saved > _SAVE_EVERY or done == len(passages):
+            with replacing(store) as path:
+                save_file({"known": known, "wanted": wanted}, path, {"passages": str(done)})
+            saved = time.perf_counter()
+    # What is 0 for all tokens has a little all the same, so that the factor exists.
+    ridge = _RIDGE * known.diag().clamp(min=1e-6)
+    weight = torch.cholesky_solve(wanted.double(), torch.linalg.cholesky(known + ridge.diag()))
+    return TokenHeads(weight.to(whole.base.device, whole.base.dtype).contiguous(), kv.read(whole.base, [[0]])[0])
+
+
+def _resume(store: Path, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Sums of what is known times itself and times what is wanted, and of how many passages; 0 where there are none."""
+    try:
+        with safe_open(store, "pt", device=str(device)) as file:
+            return file.get_tensor("known"), file.get_tensor("wanted"), int(file.metadata()["passages"])
+    except (OSError, SafetensorError):
+        return torch.zeros((), device=device), torch.zeros((), device=device), 0
+
+
+def _flat(block: KV, rotation: Rotation | None) -> Tensor:
+    """A stretch's keys, turned back to position 0, and values, of all blocks (n, out), in fp32."""
+    keys: Sequence[Tensor] = [key.float() for key in block.keys]
+    if rotation is not None:
+        keys = rotation.turned(keys, -torch.arange(block.start, block.end))
+    both = zip(keys, block.values, strict=True)
+    return torch.cat([one.float().transpose(0, 1).flatten(1) for pair in both for one in pair], 1)

@@ -1,0 +1,174 @@
+"""Columns that heads on the text encoder make for each token, instead of the model's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from byheart import kv
+from byheart.errors import DataError, UsageError
+from byheart.ledger import Ledger
+from byheart.methods import Settings
+from byheart.methods.prefix import tokens
+from byheart.methods.prefix.method import Prefix
+from byheart.rows import Document, Question
+
+PAGES = {
+    "d0": "Ostrand Quay lies on the Tessary Coast.",
+    "d1": "Its lamp was lit by Orla Fenn.",
+    "d2": "Vell has nine boats.",
+}
+ASKED = [("Who lit the lamp?", "Orla Fenn", "d1"), ("How many boats has Vell?", "nine", "d2")]
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    made = Ledger(tmp_path / "small.db", create=True)
+    made.insert(Document(id=name, title=f"Page {name}", text=text) for name, text in PAGES.items())
+    made.insert(
+        Question(id=f"{split}{n}", question=text, answers=[answer], documents=[page], split=split)
+        for n, (text, answer, page) in enumerate(ASKED)
+        for split in ("train", "validation")
+    )
+    return made
+
+
+def prefix(base, work, **options):
+    settings = Settings(shots=0, options={f"prefix.{name}": str(value) for name, value in options.items()})
+    return Prefix(base, settings, work)
+
+
+def told(method):
+    asked = [Question(id=f"q{n}", question=text, answers=[answer]) for n, (text, answer, _) in enumerate(ASKED)]
+    return [answer.reference for answer in method.answer(asked)]
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen3", "phi"])
+def test_keys_turn_each_by_its_own_positions(tiny, family):
+    base = tiny(family)
+    rotation = kv.check(base)
+    one = kv.read(base, [[5, 9, 30, 44]], start=7)[0]
+    by = torch.tensor([3, 0, -7, 40])
+    found = rotation.turned(one.keys, by)
+    for n, number in enumerate(by.tolist()):
+        for key, alone in zip(found, rotation.moved(one, 7 + number).keys, strict=True):
+            assert torch.allclose(key[:, n], alone[:, n], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt2"])
+def test_heads_that_know_enough_answer_as_the_model_that_read(tiny, ledger, tmp_path, monkeypatch, family):
+    """Of fewer tokens than there is known of each a linear map can say nearly all; of other pages, less."""
+    monkeypatch.setattr(tokens, "_RIDGE", 1e-9)
+    base = tiny(family)
+    read, made = prefix(base, tmp_path / "read"), prefix(base, tmp_path / "made", encoder="tokens")
+    read.learn(ledger)
+    ticks = []
+    report = made.learn(ledger, ticks.append)
+    assert report.notes == ("heads fitted to 3 passages",) and sum(ticks) == report.documents == 3
+    assert told(made) == pytest.approx(told(read), abs=0.1)
+    less = prefix(base, tmp_path / "less", encoder="tokens", fit=1)
+    less.learn(ledger)
+    passages = [passage for _, passage in made._retriever.index.all_passages()]
+
+    def off(method):
+        """The largest share of a block's keys or values that is not the model's."""
+        worst = 0.0
+        for own, one in zip(read.cache.fresh(passages), method.cache.fresh(passages), strict=True):
+            assert (own.start, own.end, own.columns) == (one.start, one.end, one.columns)
+            pairs = zip((*own.keys, *own.values), (*one.keys, *one.values), strict=True)
+            worst = max(worst, *(float((a - b).norm() / a.norm()) for a, b in pairs))
+        return worst
+
+    assert 4 * off(made) < 0.6 < off(less)
+
+
+def test_it_is_the_ridge_regression_of_the_models_own_columns(tiny, ledger, tmp_path):
+    base = tiny("llama")
+    method = prefix(base, tmp_path, encoder="tokens")
+    method.learn(ledger)
+    passages = [passage for _, passage in method._retriever.index.all_passages()]
+    known = torch.cat(tokens.known_of(method.whole, method.encoder, passages)).double()
+    own = torch.cat(
+        [torch.stack(one.values).flatten(0, 1).transpose(0, 1).flatten(1) for one in method.whole.fresh(passages)]
+    )
+    weight = method.tokens.weight.double()
+    gram = known.T @ known
+    slope = known.T @ (known @ weight) + 1e-3 * gram.diag().clamp(min=1e-6)[:, None] * weight
+    size = own.shape[1] // 3  # of three blocks, keys and values in turn
+    values = torch.cat([slope[:, (2 * n + 1) * size : (2 * n + 2) * size] for n in range(3)], 1)
+    assert torch.allclose(values, known.T @ own.double(), atol=1e-3)
+
+
+def test_tokens_and_what_the_encoder_saw_are_matched_by_place():
+    ours = np.array([(0, 2), (2, 3), (3, 9), (9, 10)])
+    theirs = np.array([(0, 1), (1, 2), (3, 6), (6, 9)])
+    wanted = [[0.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 1]]
+    assert tokens._shares(ours, theirs).tolist() == wanted
+    assert tokens._shares(np.array([(0, 1)]), np.array([(2, 5)])).tolist() == [[1.0]]
+
+
+def test_the_encoder_tells_where_its_tokens_stand(minilm):
+    texts = ["The lamp of Ostrand Quay", "Vell"]
+    found = minilm.described(texts)
+    for text, (states, places) in zip(texts, found, strict=True):
+        assert states.shape == (len(places), 2 * minilm.card.dim)
+        assert "".join(text[a:b] for a, b in places) == text.replace(" ", "")
+    top, _ = minilm.states(texts[1:])
+    assert torch.allclose(found[1][0][:, minilm.card.dim :].float(), top[0, 1:-1].float(), atol=5e-2)
+
+
+def test_a_killed_fit_goes_on_to_the_same(tiny, ledger, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_AT_ONCE", 1)
+    monkeypatch.setattr(tokens, "_SAVE_EVERY", 0.0)
+    base = tiny("llama")
+    whole = prefix(base, tmp_path / "whole", encoder="tokens")
+    whole.learn(ledger)
+    killed = prefix(base, tmp_path / "killed", encoder="tokens")
+    seen = []
+
+    def stop(count):
+        seen.append(count)
+        if sum(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed.learn(ledger, stop)
+    given = []
+    plain = tokens.known_of
+    monkeypatch.setattr(tokens, "known_of", lambda *args: given.extend(args[2]) or plain(*args))
+    again = prefix(base, tmp_path / "killed", encoder="tokens")
+    again.learn(ledger)
+    assert len(given) == 2  # the second had not been saved yet
+    assert torch.equal(again.tokens.weight, whole.tokens.weight)
+
+
+def test_they_are_kept_learnt_behind_and_follow_the_ledger(tiny, ledger, tmp_path, monkeypatch):
+    base = tiny("llama")
+    method = prefix(base, tmp_path / "made", encoder="tokens", slots=3, epochs=30, batch=2, lr=0.1, store="disk")
+    ticks = []
+    report = method.learn(ledger, ticks.append)
+    assert sum(ticks) == report.documents and "2 questions to learn from" in report.notes[1]
+    assert len(list((tmp_path / "made" / "prefix").rglob("*.safetensors"))) == 3
+    answers = told(method)
+    method.save_pretrained(tmp_path / "saved")
+    assert set(load_file(tmp_path / "saved" / "learnt.safetensors")) >= {"tokens.weight", "slots.keys.0"}
+    again = Prefix.from_pretrained(tmp_path / "saved", base)
+    assert told(again) == pytest.approx(answers, abs=1e-4)
+    # A page that changes is made anew by the same heads; the model does not read it.
+    ledger.revise(Document(id="d1", title="Page d1", text="Its lamp was lit by Vell, and by Anna Kestle before."))
+    *_, change = ledger.history()
+    monkeypatch.setattr(again.whole, "fresh", lambda passages: pytest.fail("read by the model"))
+    assert "what was learnt stays" in again.revise(change).notes[-1]
+    assert told(again)[0] != pytest.approx(answers[0], abs=1e-2)
+
+
+def test_what_cannot_be_is_said(tiny, tmp_path):
+    with pytest.raises(UsageError, match=r"prefix\.fit=0: must be at least 1"):
+        prefix(tiny("llama"), tmp_path, encoder="tokens", fit=0)
+    with pytest.raises(UsageError, match="blended"):
+        prefix(tiny("llama"), tmp_path, encoder="tokens", blend=0.5)
+    empty = Ledger(tmp_path / "empty.db", create=True)
+    with pytest.raises(DataError, match="no document to fit heads to"):
+        prefix(tiny("llama"), tmp_path / "work", encoder="tokens").learn(empty)
