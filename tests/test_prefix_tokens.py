@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -93,9 +95,10 @@ def test_it_is_the_ridge_regression_of_the_models_own_columns(tiny, ledger, tmp_
     own = torch.cat(
         [torch.stack(one.values).flatten(0, 1).transpose(0, 1).flatten(1) for one in method.whole.fresh(passages)]
     )
-    weight = method.tokens.weight.double()
-    gram = known.T @ known
-    slope = known.T @ (known @ weight) + 1e-3 * gram.diag().clamp(min=1e-6)[:, None] * weight
+    scale = known.square().mean(0).sqrt().clamp(min=1e-6)
+    assert torch.allclose(method.tokens.scale.double(), scale, rtol=1e-4)
+    weight = method.tokens.weight.double() / scale[:, None]
+    slope = known.T @ (known @ weight) + 1e-3 * len(known) * scale.square()[:, None] * weight
     size = own.shape[1] // 3  # of three blocks, keys and values in turn
     values = torch.cat([slope[:, (2 * n + 1) * size : (2 * n + 2) * size] for n in range(3)], 1)
     assert torch.allclose(values, known.T @ own.double(), atol=1e-3)
@@ -153,7 +156,8 @@ def test_they_are_kept_learnt_behind_and_follow_the_ledger(tiny, ledger, tmp_pat
     assert len(list((tmp_path / "made" / "prefix").rglob("*.safetensors"))) == 3
     answers = told(method)
     method.save_pretrained(tmp_path / "saved")
-    assert set(load_file(tmp_path / "saved" / "learnt.safetensors")) >= {"tokens.weight", "slots.keys.0"}
+    inside = load_file(tmp_path / "saved" / "learnt.safetensors")
+    assert set(inside) >= {"tokens.weight", "tokens.up", "slots.keys.0"} and float(inside["tokens.up"].abs().max()) > 0
     again = Prefix.from_pretrained(tmp_path / "saved", base)
     assert told(again) == pytest.approx(answers, abs=1e-4)
     # A page that changes is made anew by the same heads; the model does not read it.
@@ -162,6 +166,21 @@ def test_they_are_kept_learnt_behind_and_follow_the_ledger(tiny, ledger, tmp_pat
     monkeypatch.setattr(again.whole, "fresh", lambda passages: pytest.fail("read by the model"))
     assert "what was learnt stays" in again.revise(change).notes[-1]
     assert told(again)[0] != pytest.approx(answers[0], abs=1e-2)
+
+
+def test_training_moves_the_heads_unless_their_rank_is_none(tiny, ledger, tmp_path):
+    base, losses = tiny("llama"), {}
+    for rank in (0, 8):
+        method = prefix(base, tmp_path / str(rank), encoder="tokens", rank=rank, slots=1, epochs=30, batch=2, lr=0.05)
+        fitted = prefix(base, tmp_path / "fitted", encoder="tokens")
+        fitted.learn(ledger)
+        *_, note = method.learn(ledger).notes
+        losses[rank] = [float(word) for word in re.findall(r"\d+\.\d+", note)]
+        assert torch.allclose(method.tokens.weight, fitted.tokens.weight, atol=1e-3)
+        assert (method.tokens.up is None) == (rank == 0)
+        assert not any(one.requires_grad for one in method.tokens.parameters())
+    assert losses[0][0] == pytest.approx(losses[8][0], abs=1e-3)  # they begin as they are fitted
+    assert losses[8][1] < losses[0][1] - 0.1
 
 
 def test_what_cannot_be_is_said(tiny, tmp_path):

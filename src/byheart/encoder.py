@@ -99,7 +99,7 @@ class Encoder:
         rows = self.tokenizer(list(texts), truncation=True, max_length=self.card.limit)["input_ids"]
         return self._hidden(rows, max(map(len, rows)), next(self.model.parameters()).device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def described(self, texts: Sequence[str]) -> list[tuple[Tensor, NDArray[np.int64]]]:
         """What the encoder says of each text's tokens, in its middle and at its top, and where they stand.
 

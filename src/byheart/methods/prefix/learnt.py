@@ -69,6 +69,7 @@ class PrefixOptions:
             ``text``: a few that learnt heads on the text encoder emit.
         columns: of a passage, with ``compressed`` and ``text``.
         fit: passages of the ledger that the heads of ``tokens`` are fitted to, drawn by the seed.
+        rank: of what training, with ``slots``, changes in these heads; 0: they stay as they are fitted.
         tune_encoder: with ``text``, train a copy of the text encoder along, in steps a hundred times smaller.
         distil, vicreg, fair, wrong: weights of what training adds to cross-entropy, see
             :class:`byheart.methods.prefix.tuning.Terms`; ``fair`` goes by the questions' ``kind``.
@@ -93,6 +94,7 @@ class PrefixOptions:
     encoder: Literal["cache", "compressed", "tokens", "text"] = "cache"
     columns: int = 16
     fit: int = 1000
+    rank: int = 64
     tune_encoder: bool = False
     distil: float = 0.0
     vicreg: float = 0.0
@@ -223,6 +225,12 @@ class Learnt(Context):
         return bool(self.options.slots) or self.options.encoder == "text"
 
     @property
+    def _moves(self) -> bool:
+        """Whether passages' columns change while training goes on."""
+        options = self.options
+        return options.encoder == "text" or (options.encoder == "tokens" and options.slots > 0 and options.rank > 0)
+
+    @property
     def _learns(self) -> bool:
         """Whether anything is learnt that is kept beside the index."""
         return self._trains or self.options.encoder == "tokens" or self.options.realm > 0
@@ -282,6 +290,8 @@ class Learnt(Context):
         if options.slots:
             self.slots = Slots(chosen_columns(self._begin(), options.slots))
         heads = self._fresh()
+        if self.tokens is not None and options.rank:
+            self.tokens.loosen(options.rank, seed)
         learnt = nn.ModuleDict(dict(self._learnt) | ({} if heads is None else {"heads": heads}))
         # What is learnt begins as text of the ledger, so that another ledger gives another beginning.
         begin = digest_of(learnt)
@@ -294,6 +304,9 @@ class Learnt(Context):
         tell = scaled(progress, orders.steps, report.documents)
         trained = tune(base, learnt, found, lambda some: self._batch(some, heads), orders, recipe, terms, store, tell)
         self.heads = heads  # from here on passages are what they make of them
+        if self.tokens is not None:
+            self.tokens.requires_grad_(False)
+            self._made = None
         stay = {self.cache.path(block) for block in blocks if isinstance(block, Passage)} if self._keeps else set()
         for path in {cache.path(block) for cache in read for block in blocks} - stay:
             path.unlink(missing_ok=True)
@@ -384,7 +397,7 @@ class Learnt(Context):
 
     def _read(self, *, distilled: bool) -> list[Cache]:
         """What training reads passages from; heads that are learnt read none, but to be told from whole ones."""
-        used = [] if self.options.encoder == "text" else [self.cache]
+        used = [] if self._moves else [self.cache]
         return [*used, *([self.whole] if distilled and self.whole not in used else [])]
 
     def _fresh(self) -> Heads | None:
@@ -401,7 +414,8 @@ class Learnt(Context):
         base, whole = self.base, self.whole
 
         def behind(cache: Cache, stand: Sequence[Sequence[Block]]) -> list[Sample]:
-            pasts = [cache.past(blocks, cache.encode(blocks, kept=True), self.options.blend) for blocks in stand]
+            kept = cache is whole or not self._moves
+            pasts = [cache.past(blocks, cache.encode(blocks, kept=kept), self.options.blend) for blocks in stand]
             ends = [past[-1].end if past else self.options.slots for past in pasts]
             return [Sample(past, one.asked, one.answer, end) for past, one, end in zip(pasts, some, ends, strict=True)]
 

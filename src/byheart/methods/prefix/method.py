@@ -257,7 +257,12 @@ class Prefix(Learnt):
                 heads.load_state_dict({name.removeprefix("heads."): one for name, one in inside.items()})
                 method.heads = heads
             if method.options.encoder == "tokens":
-                method.tokens = TokenHeads(found["tokens.weight"].to(base.device), kv.read(base, [[0]])[0])
+                inside = {name.removeprefix("tokens."): one.to(base.device) for name, one in found.items()}
+                method.tokens = TokenHeads(inside["scale"], inside["weight"], kv.read(base, [[0]])[0])
+                if "down" in inside:
+                    method.tokens.loosen(inside["down"].shape[1], 0)
+                    method.tokens.load_state_dict({name: inside[name] for name in method.tokens.state_dict()})
+                    method.tokens.requires_grad_(False)
             if method.options.realm:
                 method.turn = Turn(method.encoder.card.dim).to(base.device)
                 method.turn.load_state_dict({"change": found["turn.change"]})

@@ -21,7 +21,8 @@ from byheart.methods.prefix.cache import Block, Cache, Made, digest_of
 from byheart.storage import replacing
 
 # Of the mean square of each thing that is known: what keeps the least squares from going by what two of them share.
-_RIDGE = 1e-3
+# One whose root mean square is below the least counts as 0.
+_RIDGE, _LEAST = 1e-3, 1e-6
 # Tokens whose columns are made at once, passages that are fitted to at once, and seconds of it that a kill can cost.
 _READ, _AT_ONCE, _SAVE_EVERY = 2_048, 16, 60.0
 
@@ -30,19 +31,33 @@ class TokenHeads(nn.Module):
     """One linear map from what is known of a token to its keys and values in every block.
 
     Known are the model's own embeddings of it and of the token before it, and the encoder's states in its middle and at
-    its top, where it stands. Keys are those that the token would have at position 0, where keys can be moved.
+    its top, where it stands. Keys are those that the token would have at position 0, where keys can be moved. The map
+    stays as it is fitted; what training changes in it is of low rank.
     """
 
-    def __init__(self, weight: Tensor, like: KV) -> None:
-        """Take the map (known, keys and values of all blocks) and any column of the model."""
+    def __init__(self, scale: Tensor, weight: Tensor, like: KV) -> None:
+        """Take the size of each thing that is known, the map (known, keys and values of all blocks) and any column."""
         super().__init__()
         pairs = zip(like.keys, like.values, strict=True)
         self._heads = [(key.shape[0], key.shape[2], value.shape[2]) for key, value in pairs]
+        self.scale = nn.Parameter(scale, requires_grad=False)
         self.weight = nn.Parameter(weight, requires_grad=False)
+        self.down: nn.Parameter | None = None
+        self.up: nn.Parameter | None = None
+
+    def loosen(self, rank: int, seed: int) -> None:
+        """Let training change the map, by what is none at first (LoRA; Hu et al. 2022)."""
+        known, out = self.weight.shape
+        drawn = torch.randn(known, rank, generator=torch.Generator().manual_seed(seed)) / known**0.5
+        self.down = nn.Parameter(drawn.to(self.scale.device))
+        self.up = nn.Parameter(torch.zeros(rank, out, device=self.scale.device))
 
     def columns(self, known: Tensor, start: int, rotation: Rotation | None, dtype: torch.dtype) -> KV:
         """The columns of tokens of which ``known`` (n, known) is known, the first of them at position ``start``."""
+        known = known / self.scale
         flat = known @ self.weight.to(known)
+        if self.down is not None and self.up is not None:
+            flat = flat + known @ self.down @ self.up
         keys: list[Tensor] = []
         values: list[Tensor] = []
         at = 0
@@ -128,10 +143,12 @@ def fit_heads(
             with replacing(store) as path:
                 save_file({"known": known, "wanted": wanted}, path, {"passages": str(done)})
             saved = time.perf_counter()
-    # What is 0 for all tokens has a little all the same, so that the factor exists.
-    ridge = _RIDGE * known.diag().clamp(min=1e-6)
-    weight = torch.cholesky_solve(wanted.double(), torch.linalg.cholesky(known + ridge.diag()))
-    return TokenHeads(weight.to(whole.base.device, whole.base.dtype).contiguous(), kv.read(whole.base, [[0]])[0])
+    count = known[-1, -1]  # of tokens: the last that is known is that it is one
+    scale = (known.diag() / count).sqrt().clamp(min=_LEAST)
+    gram = known / count / scale / scale[:, None] + _RIDGE * torch.eye(len(known), device=known.device)
+    aim = wanted.double() / count / scale[:, None]
+    weight = torch.cholesky_solve(aim, torch.linalg.cholesky(gram)).to(whole.base.dtype)
+    return TokenHeads(scale.float(), weight.contiguous(), kv.read(whole.base, [[0]])[0])
 
 
 def _resume(store: Path, device: torch.device) -> tuple[Tensor, Tensor, int]:
