@@ -144,13 +144,14 @@ def main(work: Path) -> None:
         Question(id=fact.id, question=f"{fact.filled()}?", answers=[fact.object], documents=[fact.id], split=split)
         for fact, split in zip(facts, ("train", "validation"), strict=True)
     ]
-    options = {
-        "edit": {"layers": "0-1", "steps": "3", "prefixes": "1", "settle": "1"},
-        "ft": {"layers": "0-1", "epochs": "2"},
-        "rome": {"layers": "1"},
-        "memory": {"blocks": "1", "epochs": "1", "width": "8", "keep": "1"},
-        "prefix": {"slots": "2", "epochs": "1"},
-    }
+    runs = [
+        ("edit", {"layers": "0-1", "steps": "3", "prefixes": "1", "settle": "1"}),
+        ("ft", {"layers": "0-1", "epochs": "2"}),
+        ("rome", {"layers": "1"}),
+        ("memory", {"blocks": "1", "epochs": "1", "width": "8", "keep": "1"}),
+        ("prefix", {"slots": "2", "epochs": "1"}),
+        ("prefix", {"encoder": "tokens", "slots": "2", "epochs": "1"}),
+    ]
     with Ledger(work / "world.db", create=True) as ledger:
         ledger.insert([*pages, *facts, *asked])
         for family in ("llama", "gpt2", "gemma2"):
@@ -159,14 +160,15 @@ def main(work: Path) -> None:
                 jobs = [Job("The river", (" the Korrin", " beech")), Job("Pell Cove is known for", (" beech",))]
                 complete(base, jobs, max_new_tokens=3)
                 complete(base, jobs, max_new_tokens=3, sampling=Sampling(5, 0))
-            for name, own in options.items() if family == "llama" else ():
+            for n, (name, own) in enumerate(runs if family == "llama" else ()):
                 given = {f"{name}.{key}": value for key, value in own.items()}
-                method = method_class(name)(base, Settings(shots=0, segment="32/8", options=given), work / name)
+                folder = work / f"{n}-{name}"
+                method = method_class(name)(base, Settings(shots=0, segment="32/8", options=given), folder)
                 with Calls():
                     method.learn(ledger)
                     with method.attached():
                         assert [one.skipped for one in method.answer(asked)] == [None, None]
-                    method.save_pretrained(work / f"{name}-kept")
+                    method.save_pretrained(folder / "kept")
                 print(name, "works elsewhere")
 
 
