@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,7 +93,13 @@ def test_it_is_the_ridge_regression_of_the_models_own_columns(tiny, ledger, tmp_
     method = prefix(base, tmp_path, encoder="tokens")
     method.learn(ledger)
     passages = [passage for _, passage in method._retriever.index.all_passages()]
-    known = torch.cat(tokens.known_of(method.whole, method.encoder, passages)).double()
+    each = tokens.known_of(method.whole, method.encoder, passages)
+    for passage, one in zip(passages, each, strict=True):
+        own = base.parts.embeddings(torch.tensor(method.whole.ids(passage)))
+        width = own.shape[1]
+        assert torch.equal(one[:, :width], own) and torch.equal(one[1:, width : 2 * width], own[:-1])
+        assert not one[0, width : 2 * width].any() and bool((one[:, -1] == 1).all())
+    known = torch.cat(each).double()
     own = torch.cat(
         [torch.stack(one.values).flatten(0, 1).transpose(0, 1).flatten(1) for one in method.whole.fresh(passages)]
     )
@@ -159,7 +167,9 @@ def test_they_are_kept_learnt_behind_and_follow_the_ledger(tiny, ledger, tmp_pat
     inside = load_file(tmp_path / "saved" / "learnt.safetensors")
     assert set(inside) >= {"tokens.weight", "tokens.up", "slots.keys.0"} and float(inside["tokens.up"].abs().max()) > 0
     again = Prefix.from_pretrained(tmp_path / "saved", base)
-    assert told(again) == pytest.approx(answers, abs=1e-4)
+    with monkeypatch.context() as patched:  # all passages are on disk, under names that a loaded one finds
+        patched.setattr(tokens.Imitated, "fresh", lambda self, passages: pytest.fail("made anew") if passages else [])
+        assert told(again) == pytest.approx(answers, abs=1e-4)
     # A page that changes is made anew by the same heads; the model does not read it.
     ledger.revise(Document(id="d1", title="Page d1", text="Its lamp was lit by Vell, and by Anna Kestle before."))
     *_, change = ledger.history()
@@ -188,6 +198,10 @@ def test_what_cannot_be_is_said(tiny, tmp_path):
         prefix(tiny("llama"), tmp_path, encoder="tokens", fit=0)
     with pytest.raises(UsageError, match="blended"):
         prefix(tiny("llama"), tmp_path, encoder="tokens", blend=0.5)
+    base = tiny("llama")
+    slow = dataclasses.replace(base, tokenizer=SimpleNamespace(is_fast=False))
+    with pytest.raises(DataError, match="does not say where its tokens stand"):
+        prefix(slow, tmp_path, encoder="tokens")
     empty = Ledger(tmp_path / "empty.db", create=True)
     with pytest.raises(DataError, match="no document to fit heads to"):
         prefix(tiny("llama"), tmp_path / "work", encoder="tokens").learn(empty)

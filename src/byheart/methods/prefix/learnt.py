@@ -149,6 +149,11 @@ class Learnt(Context):
             raise UsageError(f"--set prefix.demonstrations={options.demonstrations}: needs prefix.encoder=cache")
         if options.realm == 1:
             raise UsageError("--set prefix.realm=1: passages are held against each other; use 2 or more")
+        if options.encoder == "tokens" and not getattr(base.tokenizer, "is_fast", False):
+            raise DataError(
+                f"{self.name}: the tokeniser of {base.name} does not say where its tokens stand; prefix.encoder=tokens "
+                "needs to know"
+            )
         try:
             self._rotation = kv.check(base)
         except DataError as error:

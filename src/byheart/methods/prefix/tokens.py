@@ -108,7 +108,8 @@ def known_of(whole: Cache, encoder: Encoder, passages: Sequence[Block]) -> list[
 def _shares(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> NDArray[np.float32]:
     """For each of our tokens (characters from, to) the shares of the encoder's that it lies over; they sum to 1.
 
-    One that lies over none (space between words) goes with the last before it, or the first.
+    One that lies over none (space between words, or past what the encoder could read) goes with the last before it, or
+    the first.
     """
     over = (theirs[None, :, 0] < ours[:, 1:]) & (theirs[None, :, 1] > ours[:, :1])
     nearest = np.searchsorted(theirs[:, 1], ours[:, 0], side="right").clip(1) - 1
@@ -136,7 +137,8 @@ def fit_heads(
         blocks = whole.encode(some, kept=False)
         told = torch.cat(known_of(whole, encoder, some))
         wanted = wanted + told.T @ torch.cat([_flat(block, whole.rotation) for block in blocks])
-        known = known + told.double().T @ told.double()  # in fp32 it can be told from a sum of squares no more
+        # Rounded to fp32, sums of so many would not always have a Cholesky factor.
+        known = known + told.double().T @ told.double()
         done += len(some)
         progress(len(some))
         if time.perf_counter() - saved > _SAVE_EVERY or done == len(passages):
