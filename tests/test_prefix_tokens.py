@@ -39,8 +39,8 @@ def ledger(tmp_path):
     return made
 
 
-def prefix(base, work, **options):
-    settings = Settings(shots=0, options={f"prefix.{name}": str(value) for name, value in options.items()})
+def prefix(base, work, shots=0, **options):
+    settings = Settings(shots=shots, options={f"prefix.{name}": str(value) for name, value in options.items()})
     return Prefix(base, settings, work)
 
 
@@ -66,13 +66,13 @@ def test_heads_that_know_enough_answer_as_the_model_that_read(tiny, ledger, tmp_
     """Of fewer tokens than there is known of each a linear map can say nearly all; of other pages, less."""
     monkeypatch.setattr(tokens, "_RIDGE", 1e-9)
     base = tiny(family)
-    read, made = prefix(base, tmp_path / "read"), prefix(base, tmp_path / "made", encoder="tokens")
+    read, made = prefix(base, tmp_path / "read", 1), prefix(base, tmp_path / "made", 1, encoder="tokens")
     read.learn(ledger)
     ticks = []
     report = made.learn(ledger, ticks.append)
     assert report.notes == ("heads fitted to 3 passages",) and sum(ticks) == report.documents == 3
     assert told(made) == pytest.approx(told(read), abs=0.1)
-    less = prefix(base, tmp_path / "less", encoder="tokens", fit=1)
+    less = prefix(base, tmp_path / "less", 1, encoder="tokens", fit=1)
     less.learn(ledger)
     passages = [passage for _, passage in made._retriever.index.all_passages()]
 
