@@ -420,7 +420,8 @@ class Learnt(Context):
 
         def behind(cache: Cache, stand: Sequence[Sequence[Block]]) -> list[Sample]:
             kept = cache is whole or not self._moves
-            pasts = [cache.past(blocks, cache.encode(blocks, kept=kept), self.options.blend) for blocks in stand]
+            made = iter(cache.encode([block for blocks in stand for block in blocks], kept=kept))
+            pasts = [cache.past(blocks, [next(made) for _ in blocks], self.options.blend) for blocks in stand]
             ends = [past[-1].end if past else self.options.slots for past in pasts]
             return [Sample(past, one.asked, one.answer, end) for past, one, end in zip(pasts, some, ends, strict=True)]
 
