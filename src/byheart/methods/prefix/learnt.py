@@ -206,7 +206,7 @@ class Learnt(Context):
 
     @property
     def cache(self) -> Cache:
-        """The same as questions see them: in a few columns where they are to be."""
+        """The same as questions see them: with columns that are made in another way, where they are to be."""
         if self._made is None or self._made.form is not self.form:
             if self.options.encoder == "compressed":
                 self._made = Compressed(self.whole, self.options.columns)

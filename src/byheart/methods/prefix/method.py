@@ -12,6 +12,7 @@ from typing import Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from byheart import kv
 from byheart.base import Base
@@ -253,15 +254,14 @@ class Prefix(Learnt):
                 keys, values = (tuple(found[f"slots.{part}.{n}"] for n in layers) for part in ("keys", "values"))
                 method.slots = Slots(KV(keys, values, 0, count)).to(base.device)
             if (heads := method._fresh()) is not None:
-                inside = {name: one for name, one in found.items() if name.startswith("heads.")}
-                heads.load_state_dict({name.removeprefix("heads."): one for name, one in inside.items()})
+                heads.load_state_dict(_part(found, "heads"))
                 method.heads = heads
             if method.options.encoder == "tokens":
-                inside = {name.removeprefix("tokens."): one.to(base.device) for name, one in found.items()}
+                inside = {name: one.to(base.device) for name, one in _part(found, "tokens").items()}
                 method.tokens = TokenHeads(inside["scale"], inside["weight"], kv.read(base, [[0]])[0])
                 if "down" in inside:
                     method.tokens.loosen(inside["down"].shape[1], 0)
-                    method.tokens.load_state_dict({name: inside[name] for name in method.tokens.state_dict()})
+                    method.tokens.load_state_dict(inside)
                     method.tokens.requires_grad_(False)
             if method.options.realm:
                 method.turn = Turn(method.encoder.card.dim).to(base.device)
@@ -270,6 +270,11 @@ class Prefix(Learnt):
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise DataError(f"{path}: not what byheart writes there ({first_line(error)})") from None
         return method
+
+
+def _part(found: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What of all that was learnt belongs to one module, under the names that it has there."""
+    return {key.removeprefix(f"{name}."): one for key, one in found.items() if key.startswith(f"{name}.")}
 
 
 def _linked(source: str, target: str) -> None:

@@ -92,12 +92,11 @@ def known_of(whole: Cache, encoder: Encoder, passages: Sequence[Block]) -> list[
     base, texts = whole.base, [whole.form.block(passage) for passage in passages]
     rows = base.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     found = []
-    for passage, spans, (states, places) in zip(
-        passages, rows["offset_mapping"], encoder.described(texts), strict=True
+    for ids, spans, (states, places) in zip(
+        rows["input_ids"], rows["offset_mapping"], encoder.described(texts), strict=True
     ):
-        ids = torch.tensor(whole.ids(passage), device=base.device)
         with torch.no_grad():
-            own = base.parts.embeddings(ids).float()
+            own = base.parts.embeddings(torch.tensor(ids, device=base.device)).float()
         shares = torch.from_numpy(_shares(np.array(spans).reshape(-1, 2), places)).to(states.device)
         before = torch.cat([torch.zeros_like(own[:1]), own[:-1]])
         told = (shares @ states.float()).to(own.device)
