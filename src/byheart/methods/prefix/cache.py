@@ -60,7 +60,8 @@ class Cache:
         paths = [self.path(passage) for passage in passages]
         known = {path: self.files.get(path, like) for path in dict.fromkeys(paths)} if kept else {}
         missing = {path: one for path, one in zip(paths, passages, strict=True) if not known.get(path)}
-        known |= zip(missing, self.fresh(list(missing.values())), strict=True)
+        if missing:
+            known |= zip(missing, self.fresh(list(missing.values())), strict=True)
         return [one for path in paths if (one := known[path]) is not None]
 
     def fresh(self, passages: Sequence[Block]) -> list[KV]:

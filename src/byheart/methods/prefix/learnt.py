@@ -27,6 +27,7 @@ from byheart.methods.prefix.compress import Compressed
 from byheart.methods.prefix.heads import Emitted, Heads, looked_up
 from byheart.methods.prefix.instances import NEAREST, Instances, hardness
 from byheart.methods.prefix.marginal import Turn, learn_turn
+from byheart.methods.prefix.select import Likely, Selected, fit_likely
 from byheart.methods.prefix.slots import Slots, chosen_columns
 from byheart.methods.prefix.store import Precision, Store
 from byheart.methods.prefix.tokens import Imitated, TokenHeads, fit_heads
@@ -35,6 +36,7 @@ from byheart.methods.prefix.tuning import (
     Beside,
     Lesson,
     Terms,
+    held,
     lesson,
     lessons,
     likelihoods,
@@ -64,10 +66,11 @@ class PrefixOptions:
         store: ``none`` encodes what was retrieved when a question comes; ``disk`` encodes all passages beforehand.
         precision: of what is on disk: ``model`` (as the model computes) or ``int8`` (about half of bf16).
         blend: with several passages, the share of their tokens that is read again with all passages in sight.
-        encoder: ``cache``: all of a passage's keys and values; ``compressed``: a few that are fitted to them;
-            ``tokens``: as many as it has tokens, made by heads on the text encoder that are fitted to the model's own;
-            ``text``: a few that learnt heads on the text encoder emit.
-        columns: of a passage, with ``compressed`` and ``text``.
+        encoder: ``cache``: all of a passage's keys and values; ``selected``: those of a few tokens that answers are
+            likely to stand in; ``compressed``: a few that are fitted to all; ``tokens``: as many as it has tokens, made
+            by heads on the text encoder that are fitted to the model's own; ``text``: a few that learnt heads on the
+            text encoder emit.
+        columns: of a passage, with ``selected``, ``compressed`` and ``text``.
         fit: passages of the ledger that the heads of ``tokens`` are fitted to, drawn by the seed.
         rank: of what training, with ``slots``, changes in these heads; 0: they stay as they are fitted.
         tune_encoder: with ``text``, train a copy of the text encoder along, in steps a hundred times smaller.
@@ -91,7 +94,7 @@ class PrefixOptions:
     store: Literal["none", "disk"] = "none"
     precision: Precision = "model"
     blend: float = 0.0
-    encoder: Literal["cache", "compressed", "tokens", "text"] = "cache"
+    encoder: Literal["cache", "selected", "compressed", "tokens", "text"] = "cache"
     columns: int = 16
     fit: int = 1000
     rank: int = 64
@@ -149,10 +152,10 @@ class Learnt(Context):
             raise UsageError(f"--set prefix.demonstrations={options.demonstrations}: needs prefix.encoder=cache")
         if options.realm == 1:
             raise UsageError("--set prefix.realm=1: passages are held against each other; use 2 or more")
-        if options.encoder == "tokens" and not getattr(base.tokenizer, "is_fast", False):
+        if self._fits and not getattr(base.tokenizer, "is_fast", False):
             raise DataError(
-                f"{self.name}: the tokeniser of {base.name} does not say where its tokens stand; prefix.encoder=tokens "
-                "needs to know"
+                f"{self.name}: the tokeniser of {base.name} does not say where its tokens stand; "
+                f"prefix.encoder={options.encoder} needs to know"
             )
         try:
             self._rotation = kv.check(base)
@@ -170,6 +173,7 @@ class Learnt(Context):
         self.slots: Slots | None = None
         self.heads: Heads | None = None
         self.tokens: TokenHeads | None = None
+        self.likely: Likely | None = None
         self.turn: Turn | None = None
         self.instances: Instances | None = None
 
@@ -210,6 +214,8 @@ class Learnt(Context):
         if self._made is None or self._made.form is not self.form:
             if self.options.encoder == "compressed":
                 self._made = Compressed(self.whole, self.options.columns)
+            elif self.likely is not None:
+                self._made = Selected(self.whole, self.options.columns, self.likely, self.encoder)
             elif self.tokens is not None:
                 self._made = Imitated(self.whole, self.tokens, self.encoder)
             elif self.heads is not None:
@@ -230,6 +236,11 @@ class Learnt(Context):
         return bool(self.options.slots) or self.options.encoder == "text"
 
     @property
+    def _fits(self) -> bool:
+        """Whether something is fitted to passages before anything is trained."""
+        return self.options.encoder in ("selected", "tokens")
+
+    @property
     def _moves(self) -> bool:
         """Whether passages' columns change while training goes on."""
         options = self.options
@@ -238,12 +249,14 @@ class Learnt(Context):
     @property
     def _learns(self) -> bool:
         """Whether anything is learnt that is kept beside the index."""
-        return self._trains or self.options.encoder == "tokens" or self.options.realm > 0
+        return self._trains or self._fits or self.options.realm > 0
 
     @property
     def _learnt(self) -> nn.ModuleDict:
         """All that is learnt, under the names that it has on disk."""
-        there = {"slots": self.slots, "heads": self.heads, "tokens": self.tokens, "turn": self.turn}
+        there = {
+            "slots": self.slots, "heads": self.heads, "tokens": self.tokens, "likely": self.likely, "turn": self.turn,
+        }  # fmt: skip
         return nn.ModuleDict({name: one for name, one in there.items() if one is not None})
 
     def _learnt_bytes(self) -> int:
@@ -256,9 +269,26 @@ class Learnt(Context):
         with torch.no_grad():
             return (self.slots.kv(self.base.dtype),)
 
-    def _fit(self, report: LearnReport, progress: Progress) -> LearnReport:
-        """Fit heads to what the model makes of some of the indexed passages itself."""
+    def _fit(self, ledger: Ledger, report: LearnReport, progress: Progress) -> LearnReport:
+        """Fit what is fitted."""
         began = time.perf_counter()
+        fit = self._fit_likely(ledger) if self.options.encoder == "selected" else self._fit_heads(report, progress)
+        return replace(report, seconds=time.perf_counter() - began, notes=(fit,))
+
+    def _fit_likely(self, ledger: Ledger) -> str:
+        """Fit what tells tokens of answers from others to passages that hold answers of training questions."""
+        pairs, _ = held(ledger, self.form, self._retriever, self.settings.segment)
+        some = [(passage, question.answers) for question, passage in pairs if passage is not None]
+        if not some:
+            raise DataError(
+                f"{self.name}: prefix.encoder=selected learns where answers stand, and the ledger has no training "
+                "question whose document holds its answer"
+            )
+        self.likely = fit_likely(self.whole, self.encoder, some)
+        return f"where answers stand learnt from {len(some)} questions"
+
+    def _fit_heads(self, report: LearnReport, progress: Progress) -> str:
+        """Fit heads to what the model makes of some of the indexed passages itself."""
         index, seed = self._retriever.index, self.settings.seed
         drawn = set(random.Random(seed).sample(range(len(index)), min(self.options.fit, len(index))))
         some = [passage for n, (_, passage) in enumerate(index.all_passages()) if n in drawn]
@@ -268,8 +298,7 @@ class Learnt(Context):
         mark = fingerprint(self.base.hash, str(self.base.dtype), beginning, some)
         tell = scaled(progress, len(some), report.documents)
         self.tokens = fit_heads(self.whole, self.encoder, some, self.work / f"fit-{mark}.safetensors", tell)
-        note = f"heads fitted to {len(some)} passages"
-        return replace(report, seconds=time.perf_counter() - began, notes=(note,))
+        return f"heads fitted to {len(some)} passages"
 
     def _tune(self, ledger: Ledger, report: LearnReport, progress: Progress) -> LearnReport:
         options, base, seed = self.options, self.base, self.settings.seed

@@ -26,6 +26,7 @@ from byheart.methods.prefix.cache import Block
 from byheart.methods.prefix.instances import NEAREST, Instances, instances_of, interpolated
 from byheart.methods.prefix.learnt import Learnt
 from byheart.methods.prefix.marginal import Turn
+from byheart.methods.prefix.select import Likely
 from byheart.methods.prefix.slots import Slots
 from byheart.methods.prefix.tokens import TokenHeads
 from byheart.methods.reading import CONTENT_FREE, ask, options_of
@@ -71,13 +72,13 @@ class Prefix(Learnt):
 
         def silent(count: int) -> None: ...
 
-        fits = self.options.encoder == "tokens"
-        learning = scaled(progress, 2, 1) if fits and self._trains else progress  # half of it each
-        report = super().learn(ledger, silent if self._trains or self._keeps or fits else progress)
+        long = self.options.encoder == "tokens"  # what is fitted takes as long as training
+        learning = scaled(progress, 2, 1) if long and self._trains else progress  # half of it each
+        report = super().learn(ledger, silent if self._trains or self._keeps or long else progress)
         seconds, stored, notes = report.seconds, report.bytes, report.notes
-        self._whole = self._made = self.slots = self.heads = self.tokens = self.turn = None
-        if fits:
-            fitted = self._fit(report, learning)
+        self._whole = self._made = self.slots = self.heads = self.tokens = self.likely = self.turn = None
+        if self._fits:
+            fitted = self._fit(ledger, report, learning)
             seconds, notes = seconds + fitted.seconds, (*notes, *fitted.notes)
         if self._remembers:
             shown = {normalize(example.question) for example in self.form.examples}
@@ -94,7 +95,7 @@ class Prefix(Learnt):
             began = time.perf_counter()
             index = self._retriever.index
             self.cache.size((passage for _, passage in index.all_passages()), None)
-            tick = silent if self._trains or fits else scaled(progress, max(len(index), 1), report.documents)
+            tick = silent if self._trains or long else scaled(progress, max(len(index), 1), report.documents)
             self.cache.keep((passage for _, passage in index.all_passages()), tick)
             kept = bytes_under(self._files.folder)
             seconds, stored = seconds + time.perf_counter() - began, stored + kept
@@ -263,6 +264,8 @@ class Prefix(Learnt):
                     method.tokens.loosen(inside["down"].shape[1], 0)
                     method.tokens.load_state_dict(inside)
                     method.tokens.requires_grad_(False)
+            if method.options.encoder == "selected":
+                method.likely = Likely(found["likely.weight"].to(base.device))
             if method.options.realm:
                 method.turn = Turn(method.encoder.card.dim).to(base.device)
                 method.turn.load_state_dict({"change": found["turn.change"]})

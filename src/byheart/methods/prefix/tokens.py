@@ -6,25 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from byheart import kv
-from byheart.decode import batches
 from byheart.encoder import Encoder
 from byheart.kv import KV, Rotation
 from byheart.methods.prefix.cache import Block, Cache, Made, digest_of
+from byheart.methods.prefix.known import Sums, known_of
 from byheart.storage import replacing
 
-# Of the mean square of each thing that is known: what keeps the least squares from going by what two of them share.
-# One whose root mean square is below the least counts as 0.
-_RIDGE, _LEAST = 1e-3, 1e-6
-# Tokens whose columns are made at once, passages that are fitted to at once, and seconds of it that a kill can cost.
-_READ, _AT_ONCE, _SAVE_EVERY = 2_048, 16, 60.0
+# Passages that are fitted to at once, and seconds of it that a kill can cost.
+_AT_ONCE, _SAVE_EVERY = 16, 60.0
 
 
 class TokenHeads(nn.Module):
@@ -79,43 +74,8 @@ class Imitated(Made):
 
     def fresh(self, passages: Sequence[Block]) -> list[KV]:
         """Columns of passages that are not on disk."""
-        found: dict[int, KV] = {}
-        lengths = [len(self.ids(passage)) for passage in passages]
-        for batch in batches(lengths, lambda count, longest: count * longest <= _READ):
-            for n, one in zip(batch, known_of(self.whole, self._encoder, [passages[n] for n in batch]), strict=True):
-                found[n] = self._heads.columns(one, self.start, self.rotation, self.base.dtype)
-        return [found[n] for n in range(len(passages))]
-
-
-def known_of(whole: Cache, encoder: Encoder, passages: Sequence[Block]) -> list[Tensor]:
-    """What is known of each passage's tokens without the model's reading it (tokens, known), in fp32."""
-    base, texts = whole.base, [whole.form.block(passage) for passage in passages]
-    rows = base.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    found = []
-    for ids, spans, (states, places) in zip(
-        rows["input_ids"], rows["offset_mapping"], encoder.described(texts), strict=True
-    ):
-        with torch.no_grad():
-            own = base.parts.embeddings(torch.tensor(ids, device=base.device)).float()
-        shares = torch.from_numpy(_shares(np.array(spans).reshape(-1, 2), places)).to(states.device)
-        before = torch.cat([torch.zeros_like(own[:1]), own[:-1]])
-        told = (shares @ states.float()).to(own.device)
-        found.append(torch.cat([own, before, told, torch.ones_like(own[:, :1])], 1))
-    return found
-
-
-def _shares(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> NDArray[np.float32]:
-    """For each of our tokens (characters from, to) the shares of the encoder's that it lies over; they sum to 1.
-
-    One that lies over none (space between words, or past what the encoder could read) goes with the last before it, or
-    the first.
-    """
-    over = (theirs[None, :, 0] < ours[:, 1:]) & (theirs[None, :, 1] > ours[:, :1])
-    nearest = np.searchsorted(theirs[:, 1], ours[:, 0], side="right").clip(1) - 1
-    alone = np.arange(len(theirs))[None] == nearest[:, None]
-    shares: NDArray[np.float32] = np.where(over.any(1, keepdims=True), over, alone).astype(np.float32)
-    shares /= shares.sum(1, keepdims=True)
-    return shares
+        known = known_of(self.whole, self._encoder, passages)
+        return [self._heads.columns(one, self.start, self.rotation, self.base.dtype) for one in known]
 
 
 def fit_heads(
@@ -129,36 +89,31 @@ def fit_heads(
 
     Resumes from ``store``; its name must tell this fit from any other. ``progress`` is told of passages.
     """
-    known, wanted, done = _resume(store, whole.base.device)
+    sums, done = _resume(store, whole.base.device)
     progress(done)
     saved = time.perf_counter()
     while some := passages[done : done + _AT_ONCE]:
         blocks = whole.encode(some, kept=False)
-        told = torch.cat(known_of(whole, encoder, some))
-        wanted = wanted + told.T @ torch.cat([_flat(block, whole.rotation) for block in blocks])
-        # Rounded to fp32, sums of so many would not always have a Cholesky factor.
-        known = known + told.double().T @ told.double()
+        sums.add(
+            torch.cat(known_of(whole, encoder, some)), torch.cat([_flat(block, whole.rotation) for block in blocks])
+        )
         done += len(some)
         progress(len(some))
         if time.perf_counter() - saved > _SAVE_EVERY or done == len(passages):
             with replacing(store) as path:
-                save_file({"known": known, "wanted": wanted}, path, {"passages": str(done)})
+                save_file({"known": sums.known, "wanted": sums.wanted}, path, {"passages": str(done)})
             saved = time.perf_counter()
-    count = known[-1, -1]  # of tokens: the last that is known is that it is one
-    scale = (known.diag() / count).sqrt().clamp(min=_LEAST)
-    gram = known / count / scale / scale[:, None] + _RIDGE * torch.eye(len(known), device=known.device)
-    aim = wanted.double() / count / scale[:, None]
-    weight = torch.cholesky_solve(aim, torch.linalg.cholesky(gram)).to(whole.base.dtype)
-    return TokenHeads(scale.float(), weight.contiguous(), kv.read(whole.base, [[0]])[0])
+    scale, weight = sums.solved()
+    return TokenHeads(scale.float(), weight.to(whole.base.dtype).contiguous(), kv.read(whole.base, [[0]])[0])
 
 
-def _resume(store: Path, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Sums of what is known times itself and times what is wanted, and of how many passages; 0 where there are none."""
+def _resume(store: Path, device: torch.device) -> tuple[Sums, int]:
+    """What was summed, and over how many passages; nothing over 0 where there is no such file."""
     try:
         with safe_open(store, "pt", device=str(device)) as file:
-            return file.get_tensor("known"), file.get_tensor("wanted"), int(file.metadata()["passages"])
+            return Sums(file.get_tensor("known"), file.get_tensor("wanted")), int(file.metadata()["passages"])
     except (OSError, SafetensorError):
-        return torch.zeros((), device=device), torch.zeros((), device=device), 0
+        return Sums(), 0
 
 
 def _flat(block: KV, rotation: Rotation | None) -> Tensor:

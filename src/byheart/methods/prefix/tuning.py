@@ -81,6 +81,25 @@ def to_learn_from(ledger: Ledger, form: PromptFormat) -> tuple[list[Question], d
     return asked, dict(left_out)
 
 
+def held(
+    ledger: Ledger, form: PromptFormat, retriever: Retriever, segment: str
+) -> tuple[list[tuple[Question, Passage | None]], dict[str, int]]:
+    """The training questions that can be learnt from, each with a passage that holds its answer; why others are not.
+
+    The passage is the one that is found first, where it holds an answer, as it will be when questions are asked; else
+    a window of the question's own document that does; None where neither does, or the question names no document.
+    """
+    asked, left_out = to_learn_from(ledger, form)
+    named = [question for question in asked if question.documents]
+    ranked = iter(retriever.retrieve([question.question for question in named], 1) if named else [])
+    found = []
+    for question in asked:
+        there = next(ranked) if question.documents else []
+        own = gold_passages(ledger, question, retriever.encoder.splitter, segment)
+        found.append((question, next((one for one in (*there, *own) if contains(one.text, question.answers)), None)))
+    return found, left_out
+
+
 def lessons(
     ledger: Ledger,
     base: Base,
@@ -91,30 +110,23 @@ def lessons(
     *,
     needed: bool = True,
 ) -> tuple[list[Lesson], dict[str, int]]:
-    """A lesson for each training question, and why others are left out, counted.
+    """A lesson for each training question, behind the passage that holds its answer; why others are left out, counted.
 
-    The passage is the one that is found first, where it holds an answer, as it will be when questions are asked; else
-    a window of the question's own document that does. Where passages are not ``needed``, a question that has none is
-    a lesson without.
+    Where passages are not ``needed``, a question that has none is a lesson without.
 
     Args:
         beside: what stands beside each question.
     """
-    asked, skipped = to_learn_from(ledger, form)
+    pairs, skipped = held(ledger, form, retriever, segment)
     left_out = Counter(skipped)
-    if needed:
-        left_out["names no document"] += sum(not question.documents for question in asked)
-        asked = [question for question in asked if question.documents]
-    ranked = retriever.retrieve([question.question for question in asked], 1) if asked else []
     found = []
-    for question, first, (shown, weight) in zip(asked, ranked, beside(asked), strict=True):
-        own = gold_passages(ledger, question, retriever.encoder.splitter, segment)
-        held = next((one for one in (*first, *own) if contains(one.text, question.answers)), None)
-        if held is None and needed:
-            left_out["no passage holds its answer"] += 1
+    for (question, passage), (shown, weight) in zip(pairs, beside([one for one, _ in pairs]), strict=True):
+        if passage is None and needed:
+            left_out["no passage holds its answer" if question.documents else "names no document"] += 1
             continue
-        answer = next((text for text in question.answers if held and contains(held.text, [text])), question.answers[0])
-        made = lesson(base, form, question, answer, () if held is None else (held,))
+        answers = question.answers
+        answer = next((text for text in answers if passage and contains(passage.text, [text])), answers[0])
+        made = lesson(base, form, question, answer, () if passage is None else (passage,))
         found.append(replace(made, shown=shown, weight=weight))
     return found, dict(+left_out)
 

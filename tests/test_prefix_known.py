@@ -1,4 +1,4 @@
-"""Columns that heads on the text encoder make for each token, instead of the model's own."""
+"""Columns by what is known of tokens without reading them: heads that make them, and which few to take."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 
 from byheart import kv
 from byheart.errors import DataError, UsageError
+from byheart.gold import gold_passages
 from byheart.ledger import Ledger
 from byheart.methods import Settings
-from byheart.methods.prefix import tokens
+from byheart.methods.prefix import known, select, tokens
 from byheart.methods.prefix.method import Prefix
 from byheart.rows import Document, Question
+from byheart.segment import Passage
 
 PAGES = {
     "d0": "Ostrand Quay lies on the Tessary Coast.",
@@ -64,7 +66,7 @@ def test_keys_turn_each_by_its_own_positions(tiny, family):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt2"])
 def test_heads_that_know_enough_answer_as_the_model_that_read(tiny, ledger, tmp_path, monkeypatch, family):
     """Of fewer tokens than there is known of each a linear map can say nearly all; of other pages, less."""
-    monkeypatch.setattr(tokens, "_RIDGE", 1e-9)
+    monkeypatch.setattr(known, "_RIDGE", 1e-9)
     base = tiny(family)
     read, made = prefix(base, tmp_path / "read", 1), prefix(base, tmp_path / "made", 1, encoder="tokens")
     read.learn(ledger)
@@ -99,25 +101,25 @@ def test_it_is_the_ridge_regression_of_the_models_own_columns(tiny, ledger, tmp_
         width = own.shape[1]
         assert torch.equal(one[:, :width], own) and torch.equal(one[1:, width : 2 * width], own[:-1])
         assert not one[0, width : 2 * width].any() and bool((one[:, -1] == 1).all())
-    known = torch.cat(each).double()
+    told = torch.cat(each).double()
     own = torch.cat(
         [torch.stack(one.values).flatten(0, 1).transpose(0, 1).flatten(1) for one in method.whole.fresh(passages)]
     )
-    scale = known.square().mean(0).sqrt().clamp(min=1e-6)
+    scale = told.square().mean(0).sqrt().clamp(min=1e-6)
     assert torch.allclose(method.tokens.scale.double(), scale, rtol=1e-4)
     weight = method.tokens.weight.double() / scale[:, None]
-    slope = known.T @ (known @ weight) + 1e-3 * len(known) * scale.square()[:, None] * weight
+    slope = told.T @ (told @ weight) + 1e-3 * len(told) * scale.square()[:, None] * weight
     size = own.shape[1] // 3  # of three blocks, keys and values in turn
     values = torch.cat([slope[:, (2 * n + 1) * size : (2 * n + 2) * size] for n in range(3)], 1)
-    assert torch.allclose(values, known.T @ own.double(), atol=1e-3)
+    assert torch.allclose(values, told.T @ own.double(), atol=1e-3)
 
 
 def test_tokens_and_what_the_encoder_saw_are_matched_by_place():
     ours = np.array([(0, 2), (2, 3), (3, 9), (9, 10)])
     theirs = np.array([(0, 1), (1, 2), (3, 6), (6, 9)])
     wanted = [[0.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 1]]
-    assert tokens._shares(ours, theirs).tolist() == wanted
-    assert tokens._shares(np.array([(0, 1)]), np.array([(2, 5)])).tolist() == [[1.0]]
+    assert known._shares(ours, theirs).tolist() == wanted
+    assert known._shares(np.array([(0, 1)]), np.array([(2, 5)])).tolist() == [[1.0]]
 
 
 def test_the_encoder_tells_where_its_tokens_stand(minilm):
@@ -193,6 +195,100 @@ def test_training_moves_the_heads_unless_their_rank_is_none(tiny, ledger, tmp_pa
     assert losses[8][1] < losses[0][1] - 0.1
 
 
+def passage_of(text):
+    return Passage("d", "Vell", text, 0, len(text))
+
+
+def test_the_likeliest_tokens_are_taken_once_each_with_their_own_columns(tiny, tmp_path):
+    method = prefix(tiny("llama"), tmp_path, 1, encoder="selected")
+    whole, passage = method.whole, passage_of("The boats of Vell are nine boats, and the boats of Ostrand are seven.")
+    ids = whole.ids(passage)
+    assert len(set(ids)) < len(ids)
+    told = known.known_of(whole, method.encoder, [passage])[0]
+    likely = select.Likely(torch.randn(told.shape[1], generator=torch.Generator().manual_seed(3)))
+    order = likely(told).argsort(descending=True).tolist()
+    once = [place for n, place in enumerate(order) if ids[place] not in {ids[before] for before in order[:n]}]
+    assert once != order[: len(once)]
+    (own,) = whole.fresh([passage])
+    for count in (1, 8, 500):
+        made = select.Selected(whole, count, likely, method.encoder)
+        (one,) = made.fresh([passage])
+        places = sorted(once[:count])
+        assert one.columns == made.columns(passage) == len(places) == min(count, len(set(ids)))
+        for found, all_of_it in zip((*one.keys, *one.values), (*own.keys, *own.values), strict=True):
+            assert torch.equal(found, all_of_it[:, places])
+        assert (one.start, one.end) == (own.start, own.end)
+
+
+def test_what_is_likely_is_the_ridge_regression_of_where_answers_stand(tiny, tmp_path):
+    method = prefix(tiny("llama"), tmp_path, encoder="selected")
+    some = [
+        (passage_of("Its lamp was lit by orla fenn (Orla Fenn)."), ["Orla Fenn", "nobody"]),
+        (passage_of("Vell has nine boats."), ["nine", "Vell has"]),
+        (passage_of("Nothing is said here."), ["C++ (a language)"]),
+    ]
+    inside = []
+    for passage, answers in some:
+        flags = select._answered(method.whole, passage, answers)
+        text = method.whole.form.block(passage)
+        (_, places), *_ = known.places_of(method.whole, [text])
+        inside.append(torch.from_numpy(flags))
+        stretches = "".join(text[a:b] if flag else "|" for flag, (a, b) in zip(flags, places, strict=True))
+        found = [one.strip() for one in stretches.split("|") if one.strip()]
+        assert found == [["orla fenn", "Orla Fenn"], ["Vell has nine"], []][len(inside) - 1]
+    likely = select.fit_likely(method.whole, method.encoder, some)
+    told = torch.cat(known.known_of(method.whole, method.encoder, [passage for passage, _ in some])).double()
+    size = told.square().mean(0).clamp(min=1e-12)
+    weight = likely.weight.double()
+    slope = told.T @ (told @ weight) + 1e-3 * len(told) * size * weight
+    assert torch.allclose(slope, told.T @ torch.cat(inside).double(), atol=1e-3)
+
+
+def test_where_answers_stand_is_learnt_from_other_pages(tiny, world, minilm, tmp_path):
+    """Among sixteen tokens of a page that was not learnt from, far more are an answer's than of any sixteen."""
+    method = prefix(tiny("llama"), tmp_path, encoder="selected")
+    pairs = [
+        (passage, question.answers)
+        for question in world.questions()
+        for passage in gold_passages(world, question, minilm.splitter, "288/64")
+        if question.answers
+    ]
+    pages = sorted({passage.document for passage, _ in pairs})
+    seen = [one for one in pairs if one[0].document in pages[::2]]
+    likely = select.fit_likely(method.whole, method.encoder, seen)
+    taken, any_of_it = [], []
+    for passage, answers in (one for one in pairs if one[0].document in pages[1::2]):
+        flags = torch.from_numpy(select._answered(method.whole, passage, answers))
+        if flags.any():
+            (told,) = known.known_of(method.whole, method.encoder, [passage])
+            first = likely(told).topk(min(16, len(told))).indices
+            taken.append(float(flags[first].float().mean()))
+            any_of_it.append(float(flags.float().mean()))
+    assert len(taken) > 40
+    assert np.mean(taken) > 2 * np.mean(any_of_it)
+
+
+def test_the_few_are_kept_learnt_behind_and_follow_the_ledger(tiny, ledger, tmp_path, monkeypatch):
+    base = tiny("llama")
+    options = {"encoder": "selected", "columns": 4, "slots": 3, "epochs": 30, "batch": 2, "lr": 0.1, "store": "disk"}
+    method = prefix(base, tmp_path / "made", **options)
+    ticks = []
+    report = method.learn(ledger, ticks.append)
+    assert sum(ticks) == report.documents and report.notes[0] == "where answers stand learnt from 2 questions"
+    assert len(list((tmp_path / "made" / "prefix").rglob("*.safetensors"))) == 3
+    answers = told(method)
+    method.save_pretrained(tmp_path / "saved")
+    assert "likely.weight" in load_file(tmp_path / "saved" / "learnt.safetensors")
+    again = Prefix.from_pretrained(tmp_path / "saved", base)
+    with monkeypatch.context() as patched:
+        patched.setattr(select.Selected, "fresh", lambda self, passages: pytest.fail("made anew") if passages else [])
+        assert told(again) == pytest.approx(answers, abs=1e-4)
+    ledger.revise(Document(id="d1", title="Page d1", text="Its lamp was lit by Vell, and by Anna Kestle before."))
+    *_, change = ledger.history()
+    assert "what was learnt stays" in again.revise(change).notes[-1]
+    assert told(again)[0] != pytest.approx(answers[0], abs=1e-3)
+
+
 def test_what_cannot_be_is_said(tiny, tmp_path):
     with pytest.raises(UsageError, match=r"prefix\.fit=0: must be at least 1"):
         prefix(tiny("llama"), tmp_path, encoder="tokens", fit=0)
@@ -205,3 +301,6 @@ def test_what_cannot_be_is_said(tiny, tmp_path):
     empty = Ledger(tmp_path / "empty.db", create=True)
     with pytest.raises(DataError, match="no document to fit heads to"):
         prefix(tiny("llama"), tmp_path / "work", encoder="tokens").learn(empty)
+    empty.insert([Document(id="d", title="Vell", text=PAGES["d2"])])
+    with pytest.raises(DataError, match="no training question whose document holds its answer"):
+        prefix(tiny("llama"), tmp_path / "work", encoder="selected").learn(empty)
