@@ -294,6 +294,15 @@ def test_what_cannot_be_is_said(tiny, tmp_path):
         prefix(tiny("llama"), tmp_path, encoder="tokens", fit=0)
     with pytest.raises(UsageError, match="blended"):
         prefix(tiny("llama"), tmp_path, encoder="tokens", blend=0.5)
+    for option, needed in (
+        ({"fit": 10}, "needs prefix.encoder=tokens"),
+        ({"rank": 0, "encoder": "text"}, "needs prefix.encoder=tokens"),
+        ({"columns": 4}, "needs prefix.encoder=selected or prefix.encoder=compressed or prefix.encoder=text"),
+        ({"tune_encoder": True, "encoder": "tokens"}, "needs prefix.encoder=text"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(needed)):
+            prefix(tiny("llama"), tmp_path, **option)
+    prefix(tiny("llama"), tmp_path, columns=16)  # what it is anyway
     base = tiny("llama")
     slow = dataclasses.replace(base, tokenizer=SimpleNamespace(is_fast=False))
     with pytest.raises(DataError, match="does not say where its tokens stand"):

@@ -159,10 +159,10 @@ def test_the_gap_is_between_the_groups_means():
     assert tuning.gap(losses, ["a"] * 4).item() == 0
 
 
-@pytest.mark.parametrize("encoder", ["cache", "compressed"])
-def test_what_an_answer_keeps_behind_a_wrong_passage(tiny, ledger, tmp_path, encoder):
+@pytest.mark.parametrize("how", [{}, {"encoder": "compressed", "columns": 3}, {"encoder": "selected", "columns": 3}])
+def test_what_an_answer_keeps_behind_a_wrong_passage(tiny, ledger, tmp_path, how):
     base = tiny("llama")
-    method = prefix(base, tmp_path, encoder=encoder, slots=3, columns=3, epochs=1)
+    method = prefix(base, tmp_path, slots=3, epochs=1, **how)
     method.learn(ledger)
     found, _ = tuning.lessons(ledger, base, method.form, method._retriever, "288/64", method.beside)
 

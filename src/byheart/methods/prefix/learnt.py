@@ -52,6 +52,11 @@ from byheart.segment import Passage
 from byheart.storage import fingerprint, resumed
 from byheart.training import Orders, Recipe
 
+# Options that only some encoders of passages know.
+_ONLY = {
+    "columns": ("selected", "compressed", "text"), "fit": ("tokens",), "rank": ("tokens",),
+    "tune_encoder": ("text",), "vicreg": ("text",), "demonstrations": ("cache",),
+}  # fmt: skip
 # Tokens of pages that learnt columns are chosen among.
 _BEGIN = 2_048
 # Passages, or questions, whose answers are on disk before the next ones are worked at.
@@ -139,17 +144,9 @@ class Learnt(Context):
             raise UsageError(
                 f"--set prefix.encoder={options.encoder}: needs retrieved passages, and none of them can be blended"
             )
-        if options.vicreg and options.encoder != "text":
-            raise UsageError(
-                f"--set prefix.vicreg={options.vicreg}: is about what prefix.encoder=text says of passages"
-            )
         self._check_options(settings)
-        if options.tune_encoder and options.encoder != "text":
-            raise UsageError("--set prefix.tune_encoder=true: needs prefix.encoder=text")
         if options.passages == "none" and (options.wrong or options.realm):
             raise UsageError("--set prefix.passages=none: there are no passages for prefix.wrong or prefix.realm")
-        if options.demonstrations and options.encoder != "cache":
-            raise UsageError(f"--set prefix.demonstrations={options.demonstrations}: needs prefix.encoder=cache")
         if options.realm == 1:
             raise UsageError("--set prefix.realm=1: passages are held against each other; use 2 or more")
         if self._fits and not getattr(base.tokenizer, "is_fast", False):
@@ -183,6 +180,10 @@ class Learnt(Context):
         for key in settings.options:
             if key.startswith(f"{Learnt.name}-"):
                 raise UsageError(f"--set {key}: controls take the options of {Learnt.name}")
+        for name, encoders in _ONLY.items():
+            if getattr(options, name) != getattr(PrefixOptions, name) and options.encoder not in encoders:
+                needed = " or ".join(f"prefix.encoder={encoder}" for encoder in encoders)
+                raise UsageError(f"--set prefix.{name}={getattr(options, name)}: needs {needed}")
         if not self._trains:
             for name in ("distil", "vicreg", "fair", "wrong", "study", "hard"):
                 if getattr(options, name):
