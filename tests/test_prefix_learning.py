@@ -11,6 +11,7 @@ from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.methods import Settings, method_class, parse_methods
 from byheart.methods.prefix import learnt, tuning
+from byheart.methods.prefix.cache import Cache
 from byheart.methods.prefix.instances import Instance, Instances, hardness, interpolated, votes
 from byheart.methods.prefix.marginal import learn_turn, marginal_loss
 from byheart.methods.prefix.method import Prefix
@@ -226,6 +227,15 @@ def test_terms_that_cannot_be_are_refused(tiny, tmp_path):
     ):
         with pytest.raises(UsageError, match=why):
             prefix(tiny("llama"), tmp_path, **options)
+
+
+def test_a_training_that_is_done_reads_no_passage_again(tiny, ledger, tmp_path, monkeypatch):
+    base = tiny("llama")
+    first, again = (prefix(base, tmp_path, slots=3, epochs=2) for _ in range(2))
+    first.learn(ledger)
+    monkeypatch.setattr(Cache, "fresh", lambda self, passages: pytest.fail("read again"))
+    again.learn(ledger)
+    assert all(torch.equal(one, other) for one, other in zip(first.slots.keys, again.slots.keys, strict=True))
 
 
 # -- self-study ------------------------------------------------------------------------------------------------

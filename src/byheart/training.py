@@ -130,6 +130,15 @@ def train(
     return done
 
 
+def steps_done(store: Path) -> int:
+    """How many steps the training that saves there has made."""
+    try:
+        with safe_open(store, "pt") as file:
+            return len(json.loads(file.metadata()["losses"]))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return 0  # not there, or not whole
+
+
 def _save(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, store: Path, done: Trained) -> None:
     kept: dict[str, Tensor] = {}
     for name, one in named.items():

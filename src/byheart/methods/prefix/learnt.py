@@ -50,7 +50,7 @@ from byheart.retrieve import embedded, searchable
 from byheart.rows import Question
 from byheart.segment import Passage
 from byheart.storage import fingerprint, resumed
-from byheart.training import Orders, Recipe
+from byheart.training import Orders, Recipe, steps_done
 
 # Options that only some encoders of passages know.
 _ONLY = {
@@ -317,10 +317,6 @@ class Learnt(Context):
         if not needed:
             found = [replace(one, passages=()) for one in found]
         blocks = list(dict.fromkeys(block for lesson in found for block in lesson.blocks))
-        self.whole.size(blocks, None)
-        read = self._read(distilled=options.distil > 0)
-        for cache in read:
-            cache.keep(blocks)
         orders = Orders([len(found)], options.batch, options.epochs, seed)
         if options.slots:
             self.slots = Slots(chosen_columns(self._begin(), options.slots))
@@ -332,10 +328,15 @@ class Learnt(Context):
         begin = digest_of(learnt)
         mark = fingerprint(base.hash, str(base.dtype), self.form.pieces("", ()), asdict(options), seed, found, begin)
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
+        store = self.work / f"learnt-{mark}.safetensors"
+        read = self._read(distilled=options.distil > 0)
+        if steps_done(store) < orders.steps:
+            for cache in read:
+                cache.size(blocks, None)
+                cache.keep(blocks)
         ready = time.perf_counter() - began
 
         terms = Terms(options.distil, options.vicreg, options.fair, options.wrong)
-        store = self.work / f"learnt-{mark}.safetensors"
         tell = scaled(progress, orders.steps, report.documents)
         trained = tune(base, learnt, found, lambda some: self._batch(some, heads), orders, recipe, terms, store, tell)
         self.heads = heads  # from here on passages are what they make of them
