@@ -218,6 +218,13 @@ def test_the_likeliest_tokens_are_taken_once_each_with_their_own_columns(tiny, t
         for found, all_of_it in zip((*one.keys, *one.values), (*own.keys, *own.values), strict=True):
             assert torch.equal(found, all_of_it[:, places])
         assert (one.start, one.end) == (own.start, own.end)
+    # What is on disk is that of one form and one count.
+    paths = {
+        select.Selected(whole, count, form, method.encoder).path(passage)
+        for count in (1, 8)
+        for form in (likely, select.Likely(-likely.weight))
+    }
+    assert len(paths) == 4
 
 
 def test_what_is_likely_is_the_ridge_regression_of_where_answers_stand(tiny, tmp_path):
