@@ -165,7 +165,8 @@ def test_what_an_answer_keeps_behind_a_wrong_passage(tiny, ledger, tmp_path, how
     base = tiny("llama")
     method = prefix(base, tmp_path, slots=3, epochs=1, **how)
     method.learn(ledger)
-    found, _ = tuning.lessons(ledger, base, method.form, method._retriever, "288/64", method.beside)
+    pairs, _ = tuning.held(ledger, method.form, method._retriever, "288/64")
+    found, _ = tuning.lessons(pairs, base, method.form, method.beside)
 
     def distribution(one, passages):
         batch = method._batch([Lesson(passages, one.asked, one.answer)], method.heads)

@@ -36,7 +36,6 @@ from byheart.methods.prefix.tuning import (
     Beside,
     Lesson,
     Terms,
-    held,
     lesson,
     lessons,
     likelihoods,
@@ -59,6 +58,8 @@ _ONLY = {
 }  # fmt: skip
 # Tokens of pages that learnt columns are chosen among.
 _BEGIN = 2_048
+# Training questions, each with a passage that holds its answer where one does.
+Pairs = Sequence[tuple[Question, Passage | None]]
 # Passages, or questions, whose answers are on disk before the next ones are worked at.
 _AT_ONCE = 64
 
@@ -237,6 +238,11 @@ class Learnt(Context):
         return bool(self.options.slots) or self.options.encoder == "text"
 
     @property
+    def _asks(self) -> bool:
+        """Whether what is fitted or trained is learnt from training questions."""
+        return self._trains or self.options.encoder == "selected"
+
+    @property
     def _fits(self) -> bool:
         """Whether something is fitted to passages before anything is trained."""
         return self.options.encoder in ("selected", "tokens")
@@ -270,15 +276,14 @@ class Learnt(Context):
         with torch.no_grad():
             return (self.slots.kv(self.base.dtype),)
 
-    def _fit(self, ledger: Ledger, report: LearnReport, progress: Progress) -> LearnReport:
+    def _fit(self, pairs: Pairs, report: LearnReport, progress: Progress) -> LearnReport:
         """Fit what is fitted."""
         began = time.perf_counter()
-        fit = self._fit_likely(ledger) if self.options.encoder == "selected" else self._fit_heads(report, progress)
+        fit = self._fit_likely(pairs) if self.options.encoder == "selected" else self._fit_heads(report, progress)
         return replace(report, seconds=time.perf_counter() - began, notes=(fit,))
 
-    def _fit_likely(self, ledger: Ledger) -> str:
+    def _fit_likely(self, pairs: Pairs) -> str:
         """Fit what tells tokens of answers from others to passages that hold answers of training questions."""
-        pairs, _ = held(ledger, self.form, self._retriever, self.settings.segment)
         some = [(passage, question.answers) for question, passage in pairs if passage is not None]
         if not some:
             raise DataError(
@@ -301,14 +306,12 @@ class Learnt(Context):
         self.tokens = fit_heads(self.whole, self.encoder, some, self.work / f"fit-{mark}.safetensors", tell)
         return f"heads fitted to {len(some)} passages"
 
-    def _tune(self, ledger: Ledger, report: LearnReport, progress: Progress) -> LearnReport:
+    def _tune(self, pairs: Pairs, report: LearnReport, progress: Progress) -> LearnReport:
         options, base, seed = self.options, self.base, self.settings.seed
         began = time.perf_counter()
         # Without passages none is needed, but to be told from.
         needed = options.passages == "retrieved" or options.distil > 0
-        found, skipped = lessons(
-            ledger, base, self.form, self._retriever, self.settings.segment, self.beside, needed=needed
-        )
+        found, skipped = lessons(pairs, base, self.form, self.beside, needed=needed)
         if options.study:
             found += self._studied()
         if not found:
@@ -347,7 +350,7 @@ class Learnt(Context):
         for path in {cache.path(block) for cache in read for block in blocks} - stay:
             path.unlink(missing_ok=True)
         note = f"{len(found)} questions to learn from, {orders.steps} steps; {trained.course(options.epochs)}"
-        return replace(report, seconds=ready + trained.seconds, skipped=skipped, notes=(note,))
+        return replace(report, seconds=ready + trained.seconds, skipped=report.skipped | skipped, notes=(note,))
 
     def _studied(self) -> list[Lesson]:
         """Lessons that the model makes of the indexed passages itself."""

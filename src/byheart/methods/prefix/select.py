@@ -63,11 +63,11 @@ class Selected(Few):
         return KV(keys, values, block.start, block.end)
 
 
-def fit_likely(whole: Cache, encoder: Encoder, held: Sequence[tuple[Passage, Sequence[str]]]) -> Likely:
+def fit_likely(whole: Cache, encoder: Encoder, answered: Sequence[tuple[Passage, Sequence[str]]]) -> Likely:
     """What tells the tokens of answers from others in passages that hold some (least squares on 1 and 0)."""
     sums = Sums()
-    for n in range(0, len(held), _AT_ONCE):
-        some = held[n : n + _AT_ONCE]
+    for n in range(0, len(answered), _AT_ONCE):
+        some = answered[n : n + _AT_ONCE]
         known = torch.cat(known_of(whole, encoder, [passage for passage, _ in some]))
         inside = np.concatenate([_answered(whole, passage, answers) for passage, answers in some])
         sums.add(known, torch.from_numpy(inside).to(known)[:, None])
@@ -76,9 +76,9 @@ def fit_likely(whole: Cache, encoder: Encoder, held: Sequence[tuple[Passage, Seq
 
 
 def _answered(whole: Cache, passage: Passage, answers: Sequence[str]) -> NDArray[np.bool_]:
-    """Of each of a passage's tokens, whether it lies over an answer (n,)."""
-    text = whole.form.block(passage)
-    found = [one.span() for answer in answers for one in re.finditer(re.escape(answer.strip()), text, re.IGNORECASE)]
+    """Of each of a passage's tokens, whether it lies over an answer that stands there in whole words (n,)."""
+    text, given = whole.form.block(passage), [re.escape(answer.strip()) for answer in answers if answer.strip()]
+    found = [one.span() for text_of in given for one in re.finditer(rf"(?<!\w){text_of}(?!\w)", text, re.IGNORECASE)]
     places = places_of(whole, [text])[0][1]
     over = np.zeros(len(places), dtype=bool)
     for start, end in found:

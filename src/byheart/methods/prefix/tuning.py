@@ -101,24 +101,21 @@ def held(
 
 
 def lessons(
-    ledger: Ledger,
+    pairs: Sequence[tuple[Question, Passage | None]],
     base: Base,
     form: PromptFormat,
-    retriever: Retriever,
-    segment: str,
     beside: Callable[[Sequence[Question]], Sequence[Beside]],
     *,
     needed: bool = True,
 ) -> tuple[list[Lesson], dict[str, int]]:
-    """A lesson for each training question, behind the passage that holds its answer; why others are left out, counted.
+    """A lesson for each question behind its passage (see :func:`held`); why others are left out, counted.
 
     Where passages are not ``needed``, a question that has none is a lesson without.
 
     Args:
         beside: what stands beside each question.
     """
-    pairs, skipped = held(ledger, form, retriever, segment)
-    left_out = Counter(skipped)
+    left_out = Counter[str]()
     found = []
     for (question, passage), (shown, weight) in zip(pairs, beside([one for one, _ in pairs]), strict=True):
         if passage is None and needed:
@@ -128,7 +125,7 @@ def lessons(
         answer = next((text for text in answers if passage and contains(passage.text, [text])), answers[0])
         made = lesson(base, form, question, answer, () if passage is None else (passage,))
         found.append(replace(made, shown=shown, weight=weight))
-    return found, dict(+left_out)
+    return found, dict(left_out)
 
 
 @dataclass(frozen=True)
