@@ -50,26 +50,32 @@ def main(data: str, folder: str, *names: str) -> None:
         if name not in VARIANTS:
             raise SystemExit(f"{name}: must be one of {', '.join(VARIANTS)}")
     chosen = list(dict.fromkeys([BASELINE, *(names or VARIANTS)]))
+    failed = []
     for name in chosen:
-        if not (out / name / "run.json").exists():
-            run(data, out, name)
+        if not (out / name / "run.json").exists() and not run(data, out, name):
+            failed.append(name)
+            if name == BASELINE:
+                raise SystemExit(f"{name}: failed, and all others are held against it")
     print("\n".join(table(out, chosen)))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def run(data: str, out: Path, name: str) -> None:
-    """Run one; index and ledger are taken from the baseline's where windows are the same."""
+def run(data: str, out: Path, name: str) -> bool:
+    """Run one, and say whether it ended well; index and ledger are the baseline's where windows are the same."""
     changed, arguments = VARIANTS[name]
     there = out / BASELINE
     if name != BASELINE and "--segment" not in arguments and not (out / name).exists():
-        (out / name).mkdir(parents=True)
-        shutil.copytree(there / "index", out / name / "index")
-        shutil.copy2(there / "ledger.db", out / name / "ledger.db")
+        part = out / f".{name}"  # under its name it is whole
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(there / "index", part / "index")
+        shutil.copy2(there / "ledger.db", part)
+        part.rename(out / name)
     options = [part for key, value in (LEARNT | changed).items() for part in ("--set", f"prefix.{key}={value}")]
     command = [str(Path(sys.executable).with_name("byheart")), "bench", "nq", "--data", data, "--methods", "prefix"]
     print(f"{name}: {' '.join([*options, *arguments])}", file=sys.stderr)
     done = subprocess.run([*command, "--out", str(out / name), *options, *arguments], stdout=subprocess.DEVNULL)
-    if done.returncode:
-        print(f"{name}: ended with exit code {done.returncode}", file=sys.stderr)
+    return done.returncode == 0
 
 
 def table(out: Path, names: list[str]) -> list[str]:

@@ -170,7 +170,7 @@ def test_they_are_kept_learnt_behind_and_follow_the_ledger(tiny, ledger, tmp_pat
     assert set(inside) >= {"tokens.weight", "tokens.up", "slots.keys.0"} and float(inside["tokens.up"].abs().max()) > 0
     again = Prefix.from_pretrained(tmp_path / "saved", base)
     with monkeypatch.context() as patched:  # all passages are on disk, under names that a loaded one finds
-        patched.setattr(tokens.Imitated, "fresh", lambda self, passages: pytest.fail("made anew") if passages else [])
+        patched.setattr(tokens.Imitated, "fresh", lambda self, passages: pytest.fail("made anew"))
         assert told(again) == pytest.approx(answers, abs=1e-4)
     # A page that changes is made anew by the same heads; the model does not read it.
     ledger.revise(Document(id="d1", title="Page d1", text="Its lamp was lit by Vell, and by Anna Kestle before."))
@@ -288,7 +288,7 @@ def test_the_few_are_kept_learnt_behind_and_follow_the_ledger(tiny, ledger, tmp_
     assert "likely.weight" in load_file(tmp_path / "saved" / "learnt.safetensors")
     again = Prefix.from_pretrained(tmp_path / "saved", base)
     with monkeypatch.context() as patched:
-        patched.setattr(select.Selected, "fresh", lambda self, passages: pytest.fail("made anew") if passages else [])
+        patched.setattr(select.Selected, "fresh", lambda self, passages: pytest.fail("made anew"))
         assert told(again) == pytest.approx(answers, abs=1e-4)
     ledger.revise(Document(id="d1", title="Page d1", text="Its lamp was lit by Vell, and by Anna Kestle before."))
     *_, change = ledger.history()

@@ -35,6 +35,7 @@ from byheart.methods.prefix.tuning import (
     Batch,
     Beside,
     Lesson,
+    Pairs,
     Terms,
     lesson,
     lessons,
@@ -58,8 +59,6 @@ _ONLY = {
 }  # fmt: skip
 # Tokens of pages that learnt columns are chosen among.
 _BEGIN = 2_048
-# Training questions, each with a passage that holds its answer where one does.
-Pairs = Sequence[tuple[Question, Passage | None]]
 # Passages, or questions, whose answers are on disk before the next ones are worked at.
 _AT_ONCE = 64
 
@@ -184,7 +183,7 @@ class Learnt(Context):
         for name, encoders in _ONLY.items():
             if getattr(options, name) != getattr(PrefixOptions, name) and options.encoder not in encoders:
                 needed = " or ".join(f"prefix.encoder={encoder}" for encoder in encoders)
-                raise UsageError(f"--set prefix.{name}={getattr(options, name)}: needs {needed}")
+                raise UsageError(f"--set prefix.{name}={settings.options[f'prefix.{name}']}: needs {needed}")
         if not self._trains:
             for name in ("distil", "vicreg", "fair", "wrong", "study", "hard"):
                 if getattr(options, name):
@@ -275,12 +274,6 @@ class Learnt(Context):
             return ()
         with torch.no_grad():
             return (self.slots.kv(self.base.dtype),)
-
-    def _fit(self, pairs: Pairs, report: LearnReport, progress: Progress) -> LearnReport:
-        """Fit what is fitted."""
-        began = time.perf_counter()
-        fit = self._fit_likely(pairs) if self.options.encoder == "selected" else self._fit_heads(report, progress)
-        return replace(report, seconds=time.perf_counter() - began, notes=(fit,))
 
     def _fit_likely(self, pairs: Pairs) -> str:
         """Fit what tells tokens of answers from others to passages that hold answers of training questions."""

@@ -24,12 +24,12 @@ from byheart.methods.contract import Answer, LearnReport, Progress
 from byheart.methods.controls import Context
 from byheart.methods.prefix.cache import Block
 from byheart.methods.prefix.instances import NEAREST, Instances, instances_of, interpolated
-from byheart.methods.prefix.learnt import Learnt, Pairs
+from byheart.methods.prefix.learnt import Learnt
 from byheart.methods.prefix.marginal import Turn
 from byheart.methods.prefix.select import Likely
 from byheart.methods.prefix.slots import Slots
 from byheart.methods.prefix.tokens import TokenHeads
-from byheart.methods.prefix.tuning import held
+from byheart.methods.prefix.tuning import Pairs, held
 from byheart.methods.reading import CONTENT_FREE, ask, options_of
 from byheart.progress import scaled
 from byheart.rows import Question
@@ -78,15 +78,16 @@ class Prefix(Learnt):
         report = super().learn(ledger, silent if self._trains or self._keeps or long else progress)
         seconds, stored, notes = report.seconds, report.bytes, report.notes
         self._whole = self._made = self.slots = self.heads = self.tokens = self.likely = self.turn = None
-        pairs: Pairs = []
+        began = time.perf_counter()
+        pairs: Pairs = ()
         if self._asks:
-            began = time.perf_counter()
             pairs, left_out = held(ledger, self.form, self._retriever, self.settings.segment)
             report = replace(report, skipped=left_out)
-            seconds += time.perf_counter() - began
-        if self._fits:
-            fitted = self._fit(pairs, report, learning)
-            seconds, notes = seconds + fitted.seconds, (*notes, *fitted.notes)
+        if self.options.encoder == "selected":
+            notes = (*notes, self._fit_likely(pairs))
+        elif self.options.encoder == "tokens":
+            notes = (*notes, self._fit_heads(report, learning))
+        seconds += time.perf_counter() - began
         if self._remembers:
             shown = {normalize(example.question) for example in self.form.examples}
             asked = [one for one in ledger.questions(["train"]) if normalize(one.question) not in shown]

@@ -29,6 +29,8 @@ from byheart.training import Orders, Recipe, Trained, train
 _END = "\n\n"
 # Of a question: others with their answers, and how much it counts.
 Beside = tuple[tuple[Example, ...], float]
+# Training questions, each with a passage that holds its answer where one does.
+Pairs = Sequence[tuple[Question, Passage | None]]
 # What has been trained or fitted before moves in smaller steps than what is new: these shares of them, by name.
 _SLOW = {".text.": 0.01, "tokens.": 0.1}
 # Lessons read at once.
@@ -81,9 +83,7 @@ def to_learn_from(ledger: Ledger, form: PromptFormat) -> tuple[list[Question], d
     return asked, dict(left_out)
 
 
-def held(
-    ledger: Ledger, form: PromptFormat, retriever: Retriever, segment: str
-) -> tuple[list[tuple[Question, Passage | None]], dict[str, int]]:
+def held(ledger: Ledger, form: PromptFormat, retriever: Retriever, segment: str) -> tuple[Pairs, dict[str, int]]:
     """The training questions that can be learnt from, each with a passage that holds its answer; why others are not.
 
     The passage is the one that is found first, where it holds an answer, as it will be when questions are asked; else
@@ -101,7 +101,7 @@ def held(
 
 
 def lessons(
-    pairs: Sequence[tuple[Question, Passage | None]],
+    pairs: Pairs,
     base: Base,
     form: PromptFormat,
     beside: Callable[[Sequence[Question]], Sequence[Beside]],
@@ -115,12 +115,14 @@ def lessons(
     Args:
         beside: what stands beside each question.
     """
-    left_out = Counter[str]()
+    left_out = Counter(
+        "no passage holds its answer" if question.documents else "names no document"
+        for question, passage in pairs
+        if passage is None and needed
+    )
+    taken = [pair for pair in pairs if pair[1] is not None or not needed]
     found = []
-    for (question, passage), (shown, weight) in zip(pairs, beside([one for one, _ in pairs]), strict=True):
-        if passage is None and needed:
-            left_out["no passage holds its answer" if question.documents else "names no document"] += 1
-            continue
+    for (question, passage), (shown, weight) in zip(taken, beside([one for one, _ in taken]), strict=True):
         answers = question.answers
         answer = next((text for text in answers if passage and contains(passage.text, [text])), answers[0])
         made = lesson(base, form, question, answer, () if passage is None else (passage,))
