@@ -1,8 +1,10 @@
 """What each part of `prefix` is worth: one change at a time, each against the same baseline, question by question.
 
-python benchmarks/ablation.py DATA OUT [NAME ...]     DATA as `byheart bench nq` takes it; NAMEs as below; default all
+python benchmarks/ablation.py DATA OUT [NAME ...] [-- ARGUMENT ...]
 
-Each is a run of `byheart bench nq` of its own under OUT, which goes on after a kill; done ones are only tabulated.
+DATA as `byheart bench nq` takes it; NAMEs as below, default all; ARGUMENTs that every run takes beside, such as
+`--limit 200`. Each is a run of `byheart bench nq` of its own under OUT, which goes on after a kill; done ones are only
+tabulated.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[str]]] = {
 METRICS = ("em", "f1", "answer_probability")
 
 
-def main(data: str, folder: str, *names: str) -> None:
+def main(data: str, folder: str, names: list[str], shared: list[str]) -> None:
     out = Path(folder)
     for name in names:
         if name not in VARIANTS:
@@ -52,7 +54,7 @@ def main(data: str, folder: str, *names: str) -> None:
     chosen = list(dict.fromkeys([BASELINE, *(names or VARIANTS)]))
     failed = []
     for name in chosen:
-        if not (out / name / "run.json").exists() and not run(data, out, name):
+        if not (out / name / "run.json").exists() and not run(data, out, name, shared):
             failed.append(name)
             if name == BASELINE:
                 raise SystemExit(f"{name}: failed, and all others are held against it")
@@ -61,7 +63,7 @@ def main(data: str, folder: str, *names: str) -> None:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def run(data: str, out: Path, name: str) -> bool:
+def run(data: str, out: Path, name: str, shared: list[str]) -> bool:
     """Run one, and say whether it ended well; index and ledger are the baseline's where windows are the same."""
     changed, arguments = VARIANTS[name]
     there = out / BASELINE
@@ -72,9 +74,10 @@ def run(data: str, out: Path, name: str) -> bool:
         shutil.copy2(there / "ledger.db", part)
         part.rename(out / name)
     options = [part for key, value in (LEARNT | changed).items() for part in ("--set", f"prefix.{key}={value}")]
+    options += [*arguments, *shared]
     command = [str(Path(sys.executable).with_name("byheart")), "bench", "nq", "--data", data, "--methods", "prefix"]
-    print(f"{name}: {' '.join([*options, *arguments])}", file=sys.stderr)
-    done = subprocess.run([*command, "--out", str(out / name), *options, *arguments], stdout=subprocess.DEVNULL)
+    print(f"{name}: {' '.join(options)}", file=sys.stderr)
+    done = subprocess.run([*command, "--out", str(out / name), *options], stdout=subprocess.DEVNULL)
     return done.returncode == 0
 
 
@@ -107,4 +110,6 @@ def ranged(value: float, interval: Any, sign: str = "") -> str:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
-    main(*sys.argv[1:])
+    data, out, *words = sys.argv[1:]
+    at = words.index("--") if "--" in words else len(words)
+    main(data, out, words[:at], words[at + 1 :])

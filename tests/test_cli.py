@@ -112,8 +112,11 @@ def test_bad_lines_on_the_command_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "Fine."}\n{"text": ""}\n')
     done = byheart("ledger", "add", "l.db", "bad.jsonl", cwd=tmp_path)
     assert done.returncode == 3 and "bad.jsonl:2:" in done.stderr and "Nothing was imported" in done.stderr
+    assert not list(tmp_path.glob("l.db*"))
     done = byheart("ledger", "add", "l.db", "bad.jsonl", "--skip-bad", cwd=tmp_path)
     assert done.returncode == 0 and "1 inserted" in done.stdout and "1 bad line." in done.stderr
+    assert byheart("ledger", "add", "l.db", "bad.jsonl", cwd=tmp_path).returncode == 3
+    assert '"documents": 1' in byheart("ledger", "show", "l.db", cwd=tmp_path).stdout
 
 
 def test_a_model_that_is_none_is_named(tmp_path):

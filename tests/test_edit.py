@@ -194,7 +194,7 @@ def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, 
     shifts = method.shifts.clone()
     for new, hits, kept in ((FACTS[2], 1.0, True), (FACTS[3], 0.5, False)):
         monkeypatch.setattr(
-            "byheart.methods.edit.method.complete",
+            "byheart.methods.edit.guard.complete",
             lambda base, jobs, hits=hits, **kwargs: [Completion("", 0.0, (0.0,), (hits,), 0, 0, 0.0) for _ in jobs],
         )
         with ledger_of(tmp_path, [new]) as ledger:
@@ -207,7 +207,7 @@ def test_what_does_not_hold_once_all_have_settled_settles_once_more(base, tmp_pa
     runs = []
     for second in (1.0, 0.5):
         monkeypatch.setattr(
-            "byheart.methods.edit.method.complete",
+            "byheart.methods.edit.guard.complete",
             lambda base, jobs, hits=(1.0, second, 1.0), **kwargs: [
                 Completion("", 0.0, (0.0,), (hit,), 0, 0, 0.0) for hit, _ in zip(hits, jobs, strict=False)
             ],
@@ -590,6 +590,23 @@ def test_the_gate_takes_back_what_drifts_too_far(base, tmp_path):
         assert not back.facts and not back.deltas and back.skipped == {"quay": "rolled back by the gate"}
     kept = learnt(base, tmp_path, near, gate="rollback", max_perplexity=1e9, max_neighbours=1.0)
     assert kept.facts
+
+
+def test_facts_that_an_edit_does_not_bring_about_are_named(base, tmp_path, monkeypatch):
+    limits = {"gate": "warn", "max_perplexity": 1e9, "max_neighbours": 1}
+    told = "4 of 4 facts not said after their prompts all the same: quay, cove, mora and 1 more"
+    assert told in learnt(base, tmp_path, weight=1e9, **limits).report.notes
+
+    plain = weights(base)
+
+    def asked(base, jobs, **kwargs):  # all but the river, and nothing where the edit is not in
+        here = [not all(map(torch.equal, weights(base), plain)) and "river" not in job.prompt for job in jobs]
+        return [Completion("", 0.0, (0.0,), (float(one),), 0, 0, 0.0) for one in here]
+
+    monkeypatch.setattr(guard, "complete", asked)
+    said = learnt(base, tmp_path, **limits).report.notes
+    assert "1 of 4 facts not said after their prompts all the same: quay" in said
+    assert not any("not said" in note for note in learnt(base, tmp_path, FACTS[1:], **limits).report.notes)
 
 
 def test_facts_with_one_key_are_reported(base, tmp_path):

@@ -392,11 +392,35 @@ def test_instances_are_shown_vote_and_follow_the_ledger(tiny, ledger, tmp_path):
     assert files == {kept.cache.path(one) for _, one in kept._retriever.index.all_passages()}
     with pytest.raises(DataError, match=r"no prefix\.demonstrations"):
         prefix(tiny("gpt2"), tmp_path, demonstrations=1)
-    with pytest.raises(UsageError, match=r"needs prefix\.encoder=cache"):
+    with pytest.raises(UsageError, match=r"needs prefix\.encoder=cache or prefix\.encoder=selected"):
         prefix(base, tmp_path, demonstrations=1, encoder="text")
     (tmp_path / "saved" / "instances.jsonl").write_text('{"id": "x", "example": 3}\n')
     with pytest.raises(DataError, match=r"instances\.jsonl"):
         Prefix.from_pretrained(tmp_path / "saved", base)
+
+
+@pytest.mark.parametrize("encoder", ["selected", "compressed", "tokens"])
+def test_examples_that_are_shown_are_read_whole_before_passages_that_are_not(tiny, ledger, tmp_path, encoder):
+    base = tiny("llama")
+    few = {"columns": 3} if encoder != "tokens" else {}
+    method = prefix(base, tmp_path, demonstrations=1, slots=2, encoder=encoder, epochs=1, store="disk", **few)
+    method.learn(ledger)
+    kept = {method.cache.path(one) for _, one in method._retriever.index.all_passages()}
+    assert set((tmp_path / "prefix").rglob("*.safetensors")) == kept
+    asked = Question(id="a", question="When was it that the lamp was lit?", answers=["1931"])
+    (answer,) = method.answer([asked])
+    ((shown,), _) = method.beside([asked])[0]
+    assert method.cache.path(shown) == method.whole.path(shown)  # where training puts it, and looks for it
+    example, passage = method.cache.encode([shown, *answer.evidence], kept=True)
+    (whole,) = method.whole.fresh([shown])
+    assert torch.equal(example.keys[1], whole.keys[1]) and example.columns == method.cache.columns(shown)
+    (own,) = method.cache.fresh(answer.evidence)
+    assert torch.equal(passage.keys[1], own.keys[1])
+    assert passage.columns == few.get("columns", method.whole.columns(answer.evidence[0]))
+    past = (*method.learnt(), *method.cache.past([shown, *answer.evidence], [example, passage]))
+    tail = method.form.pieces(asked.question, ())[2]
+    (plain,) = complete(base, [Job(tail, (" 1931",), past)], max_new_tokens=0)
+    assert answer.reference == pytest.approx(plain.options[0], abs=1e-5)
 
 
 def test_hard_questions_count_more(tiny, ledger, tmp_path):

@@ -141,8 +141,14 @@ def _import(ledger: Path, files: list[Path], action: Any, source: str | None, sk
     for file in files:
         if not file.exists():
             raise DataError(f"{file}: no such file")
-    with Ledger(ledger, create=action == "insert") as opened:
-        report = import_files(opened, files, action=action, source=source, skip_bad=skip_bad)
+    there = ledger.exists()
+    try:
+        with Ledger(ledger, create=action == "insert") as opened:
+            report = import_files(opened, files, action=action, source=source, skip_bad=skip_bad)
+    except BaseException:
+        if not there:  # nothing came in, and an empty ledger was not asked for
+            ledger.unlink(missing_ok=True)
+        raise
     if report.bad:
         print(describe_bad(report), file=sys.stderr)
     done = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.outcomes.items())) or "nothing to do"

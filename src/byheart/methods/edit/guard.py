@@ -11,6 +11,7 @@ from torch import Tensor
 
 from byheart.base import Base
 from byheart.decode import Job, complete
+from byheart.methods.edit.prompts import prompt_text, target_text
 from byheart.ordinary import text_rows
 from byheart.perplexity import perplexity
 from byheart.rows import Fact
@@ -63,6 +64,21 @@ def collision_notes(found: Sequence[Collision]) -> tuple[str, ...]:
     )
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return (f"{len(found)} pairs of facts have nearly the same key and may mix: {shown}{more}",)
+
+
+def unsaid(base: Base, facts: Sequence[Fact]) -> list[Fact]:
+    """The facts that a model as it is now does not say: some token of the object is not the likeliest one there."""
+    jobs = [Job(prompt_text(fact), (target_text(fact),)) for fact in facts]
+    return [fact for fact, done in zip(facts, complete(base, jobs, max_new_tokens=0), strict=True) if done.hits[0] < 1]
+
+
+def unsaid_notes(found: Sequence[Fact], count: int) -> tuple[str, ...]:
+    """The facts that were written in vain, out of ``count``, as a sentence."""
+    if not found:
+        return ()
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    ids = ", ".join(fact.id for fact in found[:_SHOWN])
+    return (f"{len(found)} of {count} facts not said after their prompts all the same: {ids}{more}",)
 
 
 @dataclass(frozen=True)

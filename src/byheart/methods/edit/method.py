@@ -19,7 +19,6 @@ from torch import Tensor
 
 from byheart.attention import fast_attention
 from byheart.base import Base
-from byheart.decode import Job, complete
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
@@ -27,7 +26,7 @@ from byheart.methods.edit import guard
 from byheart.methods.edit.covariance import second_moments, token_counts
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.others import names_in
-from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare, prompt_text, target_text
+from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.settle import VERSION, SettleOptions, settle, text_pieces
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, changed_by, delta_bytes, stacked
@@ -285,11 +284,10 @@ class Edit(ChangedWeights):
 
     def _to_settle(self, prepared: Sequence[Prepared], new: set[int]) -> list[int]:
         """The new facts, those that the model as it is does not say, and all that share a change with them."""
-        old = [n for n in range(len(prepared)) if n not in new]
-        jobs = [Job(prompt_text(prepared[n].fact), (target_text(prepared[n].fact),)) for n in old]
-        lost = {n for n, done in zip(old, complete(self.base, jobs, max_new_tokens=0), strict=True) if done.hits[0] < 1}
+        old = {n: one.fact for n, one in enumerate(prepared) if n not in new}
+        lost = {fact.id for fact in guard.unsaid(self.base, list(old.values()))}
         groups = self._groups([one.fact for one in prepared])
-        chosen = {groups[n] for n in new | lost}
+        chosen = {groups[n] for n in new} | {groups[n] for n, fact in old.items() if fact.id in lost}
         return [n for n, group in enumerate(groups) if group in chosen]
 
     def _standing(self, facts: Sequence[Fact], z: Tensor, shifts: Tensor) -> list[Any]:
@@ -317,8 +315,9 @@ class Edit(ChangedWeights):
         standing = guard.measure(self.base, rows, self.facts, self.settings.seed)
         with self.attached():
             after = guard.measure(self.base, rows, self.facts, self.settings.seed)
+            unsaid = guard.unsaid(self.base, self.facts)
         said, within = guard.drift_notes(standing, after, options.max_perplexity, options.max_neighbours)
-        notes: tuple[str, ...] = (said,)
+        notes = (*guard.unsaid_notes(unsaid, len(self.facts)), said)
         if not within and options.gate == "rollback":
             gone = {fact.id for fact in before["holding"]} - {fact.id for fact in self.holding}
             vars(self).update(before)

@@ -128,15 +128,25 @@ class Cache:
 
 
 class Made(Cache):
-    """The same passages, with columns that are made in another way; ``mark`` tells it from any other."""
+    """The same passages, with columns that are made in another way; ``mark`` tells it from any other.
+
+    Examples that were found for a question show how to answer; they stay as the model reads them.
+    """
 
     def __init__(self, whole: Cache, mark: str) -> None:
         vars(self).update(vars(whole))  # the beginning is read already
         self.whole, self._mark = whole, mark
 
+    def encode(self, passages: Sequence[Block], *, kept: bool) -> list[KV]:
+        """Keys and values of each passage; with ``kept`` from disk where they are there, as examples always are."""
+        shown = iter(self.whole.encode([one for one in passages if isinstance(one, Example)], kept=True))
+        made = iter(super().encode([one for one in passages if isinstance(one, Passage)], kept=kept))
+        return [next(shown if isinstance(one, Example) else made) for one in passages]
+
     def path(self, passage: Block) -> Path:
         """A passage's file; made in another way, another file."""
-        return self.files.path(self.whole.path(passage).name, self._mark)
+        path = self.whole.path(passage)
+        return path if isinstance(passage, Example) else self.files.path(path.name, self._mark)
 
 
 class Few(Made):
@@ -147,5 +157,6 @@ class Few(Made):
         self._count = count
 
     def columns(self, passage: Block) -> int:
-        """How many columns a passage takes."""
-        return self._count
+        """How many columns a passage takes at most; an example has one for each of its tokens."""
+        whole = super().columns(passage)
+        return whole if isinstance(passage, Example) else min(self._count, whole)

@@ -46,10 +46,6 @@ class Compressed(Few):
         """Columns of passages that are not on disk."""
         return [self._fitted(passage) for passage in passages]
 
-    def columns(self, passage: Block) -> int:
-        """How many columns a passage takes: never more than it has tokens."""
-        return min(self._count, self.whole.columns(passage))
-
     def _fitted(self, passage: Block) -> KV:
         (block,) = self.whole.encode([passage], kept=True)
         if block.columns <= self._count:

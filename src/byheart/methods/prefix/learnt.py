@@ -45,7 +45,7 @@ from byheart.methods.prefix.tuning import (
 )
 from byheart.methods.study import ask_itself
 from byheart.progress import scaled
-from byheart.prompt import FORM_EXAMPLES, PromptFormat
+from byheart.prompt import FORM_EXAMPLES, Example, PromptFormat
 from byheart.retrieve import embedded, searchable
 from byheart.rows import Question
 from byheart.segment import Passage
@@ -55,7 +55,7 @@ from byheart.training import Orders, Recipe, steps_done
 # Options that only some encoders of passages know.
 _ONLY = {
     "columns": ("selected", "compressed", "text"), "fit": ("tokens",), "rank": ("tokens",),
-    "tune_encoder": ("text",), "vicreg": ("text",), "demonstrations": ("cache",),
+    "tune_encoder": ("text",), "vicreg": ("text",), "demonstrations": ("cache", "selected", "compressed", "tokens"),
 }  # fmt: skip
 # Tokens of pages that learnt columns are chosen among.
 _BEGIN = 2_048
@@ -325,11 +325,11 @@ class Learnt(Context):
         mark = fingerprint(base.hash, str(base.dtype), self.form.pieces("", ()), asdict(options), seed, found, begin)
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         store = self.work / f"learnt-{mark}.safetensors"
-        read = self._read(distilled=options.distil > 0)
+        read = self._read(blocks, distilled=options.distil > 0)
         if steps_done(store) < orders.steps:
-            for cache in read:
-                cache.size(blocks, None)
-                cache.keep(blocks)
+            for cache, some in read:
+                cache.size(some, None)
+                cache.keep(some)
         ready = time.perf_counter() - began
 
         terms = Terms(options.distil, options.vicreg, options.fair, options.wrong)
@@ -340,7 +340,7 @@ class Learnt(Context):
             self.tokens.requires_grad_(False)
             self._made = None
         stay = {self.cache.path(block) for block in blocks if isinstance(block, Passage)} if self._keeps else set()
-        for path in {cache.path(block) for cache in read for block in blocks} - stay:
+        for path in {cache.path(block) for cache, some in read for block in some} - stay:
             path.unlink(missing_ok=True)
         note = f"{len(found)} questions to learn from, {orders.steps} steps; {trained.course(options.epochs)}"
         return replace(report, seconds=ready + trained.seconds, skipped=report.skipped | skipped, notes=(note,))
@@ -427,10 +427,11 @@ class Learnt(Context):
             for some, weight in zip(shown, weights, strict=True)
         ]
 
-    def _read(self, *, distilled: bool) -> list[Cache]:
-        """What training reads passages from; heads that are learnt read none, but to be told from whole ones."""
-        used = [] if self._moves else [self.cache]
-        return [*used, *([self.whole] if distilled and self.whole not in used else [])]
+    def _read(self, blocks: Sequence[Block], *, distilled: bool) -> list[tuple[Cache, Sequence[Block]]]:
+        """What training reads from disk; heads that are learnt read no passages, but to be told from whole ones."""
+        shown = [block for block in blocks if isinstance(block, Example)]
+        used = (self.whole, shown) if self._moves else (self.cache, blocks)
+        return [used, (self.whole, blocks)] if distilled and used != (self.whole, blocks) else [used]
 
     def _fresh(self) -> Heads | None:
         """Heads, before training."""

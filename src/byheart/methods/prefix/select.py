@@ -43,10 +43,6 @@ class Selected(Few):
         super().__init__(whole, count, f"selected, {digest_of(likely)}")
         self._likely, self._encoder = likely, encoder
 
-    def columns(self, passage: Block) -> int:
-        """How many columns a passage takes: never more than it has different tokens."""
-        return min(self._count, len(set(self.whole.ids(passage))))
-
     def fresh(self, passages: Sequence[Block]) -> list[KV]:
         """Columns of passages that are not on disk."""
         known = known_of(self.whole, self._encoder, passages)
