@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, WORLD
+from conftest import ROOT, WORLD, tiny_model
 
 COMMANDS = [
     "compare",
@@ -160,6 +160,22 @@ def test_learn_ask_index_and_doctor(tmp_path, smollm, minilm):
     assert doctor["base"]["parts"]["MLP output"] == "model.layers.0.mlp.down_proj"
     models = json.loads(byheart("models", "--json", cwd=tmp_path).stdout)
     assert all(model["there"] for model in models)
+
+
+def test_what_was_learnt_knows_its_base(tmp_path, tokenizer):
+    for family in ("llama", "gpt2"):
+        tiny_model(family, len(tokenizer)).save_pretrained(tmp_path / family)
+        tokenizer.save_pretrained(tmp_path / family)
+    fact = {"type": "fact", "id": "river", "subject": "Vellmora", "prompt": "The river of {} is", "object": "Amberle"}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(fact) + "\n")
+    byheart("ledger", "add", "l.db", "facts.jsonl", cwd=tmp_path)
+    quick = ("--shots", "0", "--set", "memory.epochs=1", "--set", "memory.keep=0")
+    done = byheart("learn", "memory", "l.db", "--base", "llama", "--out", "known", *quick, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert byheart("ask", "known", "Which river?", cwd=tmp_path).stdout.startswith("memory: ")
+    assert "followed 0 changes" in byheart("follow", "known", "l.db", cwd=tmp_path).stdout
+    done = byheart("ask", "known", "Which river?", "--base", "gpt2", cwd=tmp_path)
+    assert done.returncode == 3 and "known: was made for another base (llama) than gpt2" in done.stderr
 
 
 @pytest.mark.real

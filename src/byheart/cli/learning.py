@@ -39,11 +39,17 @@ if TYPE_CHECKING:
 
 
 app = typer.Typer()
+OwnBase = Annotated[
+    str | None,
+    typer.Option("--base", help="The language model it was made for; by default by the name that it had then."),
+]
 
 
 @app.command("learn")
 def _learn(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="closed, context ...: `byheart learn x` lists them.")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="context, memory, prefix, edit ...; an unknown one lists all.")
+    ],
     ledger: LedgerFile,
     out: Out,
     base: BaseName = "smollm2-135m",
@@ -99,7 +105,7 @@ def _ask(
         list[Path], typer.Argument(metavar="DIR...", help="What `byheart learn` wrote; several go side by side.")
     ],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
-    base: BaseName = "smollm2-135m",
+    base: OwnBase = None,
     device: Device = None,
     dtype: DtypeName = None,
     as_json: AsJson = False,
@@ -172,7 +178,7 @@ Learnt = Annotated[Path, typer.Argument(metavar="DIR", help="What `byheart learn
 def _follow(
     folder: Learnt,
     ledger: LedgerFile,
-    base: BaseName = "smollm2-135m",
+    base: OwnBase = None,
     device: Device = None,
     dtype: DtypeName = None,
     as_json: AsJson = False,
@@ -208,7 +214,7 @@ def _follow(
 def _undo(
     folder: Learnt,
     facts: Annotated[list[str], typer.Argument(metavar="FACT_ID...", help="The facts to take out again.")],
-    base: BaseName = "smollm2-135m",
+    base: OwnBase = None,
     device: Device = None,
     dtype: DtypeName = None,
     as_json: AsJson = False,
@@ -232,7 +238,7 @@ def _export(
     rank: Annotated[
         int | None, typer.Option("--rank", min=1, help="peft: the highest rank; what it cuts is reported.")
     ] = None,
-    base: BaseName = "smollm2-135m",
+    base: OwnBase = None,
     device: Device = None,
     dtype: DtypeName = None,
     as_json: AsJson = False,
@@ -262,15 +268,16 @@ def _export(
     emit(record, as_json, f"{out}: written{said}")
 
 
-def _loaded(folders: list[Path], base: str, device: str | None, dtype: str | None) -> Iterator[Method]:
+def _loaded(folders: list[Path], base: str | None, device: str | None, dtype: str | None) -> Iterator[Method]:
     """What was learnt into each folder, one after the other, on one base."""
     from byheart.base import load_base
     from byheart.methods import method_class
     from byheart.progress import Terminal
     from byheart.storage import read_card
 
-    cards = [read_card(folder / "byheart.json", "method") for folder in folders]
-    model = load_base(base, device=device, dtype=dtype, say=Terminal().say)
+    cards = [read_card(folder / "byheart.json", "method", "base") for folder in folders]
+    name = base or str(cards[0]["base"]["name"])
+    model = load_base(name, device=device, dtype=dtype, say=Terminal().say)
     for folder, card in zip(folders, cards, strict=True):
         yield method_class(card["method"]).from_pretrained(folder, model)
 
