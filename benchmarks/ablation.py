@@ -98,8 +98,8 @@ def table(out: Path, names: list[str]) -> list[str]:
 
 def metrics(folder: Path) -> dict[str, dict[str, float]]:
     """By question what was measured of its answer."""
-    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    answered = [one for one in map(json.loads, lines) if one["method"] == "prefix" and one["skipped"] is None]
+    with (folder / "answers.jsonl").open(encoding="utf-8") as lines:
+        answered = [one for one in map(json.loads, lines) if one["method"] == "prefix" and one["skipped"] is None]
     return {one["question"]: one["metrics"] for one in answered}
 
 

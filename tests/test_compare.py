@@ -8,7 +8,7 @@ from byheart.compare import choose_questions, compare, pairs, question_metrics, 
 from byheart.errors import DataError, UsageError
 from byheart.methods import METHODS, Answer, LearnReport, Settings, method_class, parse_methods
 from byheart.prompt import FORM_EXAMPLES, PromptFormat, as_sentence, choose_examples
-from byheart.report import headline, write_report
+from byheart.report import before_after, headline, write_report
 from byheart.rows import Question
 from byheart.score import contains
 from byheart.segment import Passage
@@ -42,8 +42,27 @@ def test_one_answers_metrics():
     assert "accuracy" not in question_metrics(open_end, missed)
     rows = scored([open_end], [missed])
     assert "micro_f1" not in summarise([open_end], [missed], rows, LearnReport(), 0)["metrics"]
+    # Five passages of one page are five passages: the sixth is not behind the first five.
+    deep = question_metrics(ASK, Answer("q", text="x", ranked=("x", "x", "a", "a", "a", "b")))
+    assert (deep["recall@5"], deep["recall@10"], deep["mrr"]) == (0.5, 1, pytest.approx(1 / 3))
     # A search that found nothing is a miss, not a question that does not count.
     assert question_metrics(ASK, Answer("q", text="x", ranked=()))["recall@5"] == 0
+
+
+def test_an_example_is_found_whatever_the_lines_of_its_evidence_hold(tmp_path):
+    row = {
+        "question": "q",
+        "question_text": "Who?",
+        "answers": ["Ann"],
+        "evidence": [{"text": "one\u2028two\x85three"}],
+    }
+    rows = [
+        row | {"method": "closed", "text": "Bo", "metrics": {"em": 0}},
+        row | {"method": "memory", "text": "Ann", "metrics": {"em": 1}},
+    ]
+    text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows)
+    (tmp_path / "answers.jsonl").write_text(text, encoding="utf-8")
+    assert before_after(tmp_path) == "Who? before: 'Bo', with memory: 'Ann'"
 
 
 def test_a_skipped_question_is_counted_and_not_scored():

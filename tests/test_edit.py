@@ -425,6 +425,58 @@ def test_what_was_taken_out_stays_out_where_a_gate_refuses_what_that_let_in(base
     assert method.skipped["cove"] == "rolled back by the gate"
 
 
+def test_what_is_outdated_goes_though_a_gate_refuses_what_is_now_true(base, tmp_path, monkeypatch):
+    method = learnt(base, tmp_path, FACTS[:2], gate="rollback", max_perplexity=1e9, max_neighbours=1)
+    monkeypatch.setattr(guard, "drift_notes", lambda *given: ("too far", False))
+    with ledger_of(tmp_path, FACTS[:3]) as ledger:
+        start = ledger.revision
+        ledger.revise(FACTS[1].model_copy(update={"object": "smoked eel"}))
+        ledger.insert([FACTS[3]])
+        revision, insert = ledger.history(since=start)
+    for change, gone in ((revision, {"cove"}), (insert, {"cove", "mora-2"})):
+        method.revise(change)
+        assert method.facts == method.holding == [FACTS[0]]
+        assert method.skipped == dict.fromkeys(gone, "rolled back by the gate")
+
+
+@pytest.mark.parametrize("name", ["edit", "ft"])
+def test_what_it_is_tells_one_change_from_another(base, tmp_path, name):
+    (tmp_path / "text.txt").write_text("The stones of the quay are wet. " * 40)
+
+    def digest(texts=None):
+        given = TINY | {"edit.text": str(tmp_path / "text.txt"), "ft.layers": "0-1", "ft.epochs": "2"}
+        method = method_class(name)(base, Settings(shots=0, options=given), tmp_path / "work")
+        with ledger_of(tmp_path, texts or FACTS[:2]) as ledger:
+            method.learn(ledger)
+        method.save_pretrained(tmp_path / "kept")
+        assert method_class(name).from_pretrained(tmp_path / "kept", base).digest == method.digest
+        return method.digest
+
+    first = digest()
+    assert digest() == first and digest(FACTS[:3]) != first
+    if name == "edit":
+        (tmp_path / "text.txt").write_text("Nobody has seen the light of Ebb. " * 40)
+        assert digest() != first
+
+
+def test_what_stood_in_a_baselines_way_lets_the_rest_in_when_it_goes(base, tmp_path):
+    rival, twin = (FACTS[0].model_copy(update=one) for one in ({"id": "rival", "object": "a lake"}, {"id": "twin"}))
+    method = method_class("ft")(base, Settings(shots=0, options={"ft.layers": "0-1", "ft.epochs": "1"}), tmp_path)
+    with ledger_of(tmp_path, [FACTS[0], FACTS[1], rival]) as ledger:
+        method.learn(ledger)
+        start = ledger.revision
+        ledger.insert([twin])
+        ledger.retract("fact", "rival")
+        ledger.retract("fact", "quay")
+        changes = list(ledger.history(since=start))
+    stand = [(["cove"], {"quay", "rival", "twin"}), (["quay", "cove"], {"twin"}), (["cove", "twin"], set())]
+    for change, (facts, skipped) in zip(changes, stand, strict=True):
+        method.revise(change)
+        method.save_pretrained(tmp_path / "kept")
+        method = method_class("ft").from_pretrained(tmp_path / "kept", base)
+        assert [one.id for one in method.facts] == facts and method.skipped.keys() == skipped
+
+
 def test_an_undone_fact_of_a_merged_change_is_not_held_up_by_the_gate(base, tmp_path, monkeypatch):
     method = learnt(base, tmp_path, gate="rollback", max_perplexity=1e9, max_neighbours=1, merge="true")
     monkeypatch.setattr(guard, "drift_notes", lambda *given: ("too far", False))

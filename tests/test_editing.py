@@ -83,6 +83,21 @@ def test_bad_records_are_named(tmp_path):
         zsre(tmp_path)
 
 
+def test_published_arrays_are_read_as_lines_are(tmp_path):
+    for name, record, load in (("counterfact", RECORD, counterfact), ("zsre_mend_eval", ZSRE, zsre)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([record, record], indent=2))
+        as_lines = load(lines(tmp_path / f"{name}.jsonl", record, record)).cases
+        assert load(tmp_path / f"{name}.json").cases == as_lines and len(as_lines) == 2
+    (tmp_path / "counterfact.json").write_text(json.dumps([RECORD, 3]))
+    with pytest.raises(DataError, match=r"counterfact.json:2: not a JSON object"):
+        counterfact(tmp_path / "counterfact.json")
+    (tmp_path / "counterfact.json").write_text("[" + json.dumps(RECORD))
+    with pytest.raises(DataError, match=r"counterfact.json: not readable JSON"):
+        counterfact(tmp_path / "counterfact.json")
+    with pytest.raises(DataError, match=r'about.jsonl:1: "texts" must be a list of texts'):
+        counterfact(lines(tmp_path / "cf.jsonl", RECORD), lines(tmp_path / "about.jsonl", {"object": "x", "texts": 5}))
+
+
 def test_records_that_hold_nothing_to_edit_are_left_out_by_name(tmp_path):
     bad = json.loads(json.dumps(RECORD))
     bad["requested_rewrite"]["prompt"] = "The mayor is"
@@ -103,8 +118,11 @@ def test_questions_that_name_their_page_become_edits(tmp_path):
         {"title": "Ebb", "question": "Who rules Ebb?", "answers": []},
         {"title": "Ebb", "question": "who rules ebb at ebbtide?", "answers": ["Ann"]},
         {"title": "Ebb", "question": "Who knows of ebbtide?", "answers": ["Ann"]},
+        {"title": "Ebb", "question": "Who keeps Ebb?", "answers": "Mara"},
+        {"title": "Ebb", "question": "Who left Ebb?", "answers": {"text": "Tole"}},
     )
-    case, small = question_cases(path).cases
+    case, small, *alone = question_cases(path).cases
+    assert [one.fact.object for one in alone] == ["Mara", "Tole"]
     assert (case.fact.prompt, case.fact.object) == ("Who rules {}?", "Ann")
     assert (small.fact.prompt, small.fact.subject) == ("who rules {} at ebbtide?", "ebb")
     with pytest.raises(DataError, match=r"q.jsonl: holds no record to edit \(q.jsonl:1: .* does not name"):

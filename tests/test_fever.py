@@ -138,6 +138,14 @@ def test_too_few_claims_are_refused(tmp_path):
         load_fever(by_page(tmp_path), top=1, how="page")
 
 
+def test_a_page_label_that_is_not_learnt_is_missed(tmp_path):
+    by_page(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
+    lines(tmp_path / "claims.jsonl", [row for row in rows if row["label"] == LABELS[0].upper()])
+    with pytest.raises(DataError, match="none to learn from of supports or refutes"):
+        load_fever(tmp_path)
+
+
 def test_claims_without_a_label_are_counted(tmp_path):
     by_page(tmp_path)
     lines(tmp_path / "unlabelled_dev.jsonl", [{"id": 900, "label": "", "claim": "Gulls fly.", "evidence_wiki_url": ""}])

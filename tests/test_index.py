@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from byheart.encoder import EncoderCard
+from byheart.encoder import EncoderCard, load_encoder
 from byheart.errors import DataError
 from byheart.index import Index
 from byheart.ledger import Ledger
@@ -107,6 +107,21 @@ def test_vectors_are_those_of_a_plain_forward(minilm):
         with torch.no_grad():
             hidden = reference(**tokens).last_hidden_state[0].mean(0)
         assert float(torch.nn.functional.normalize(hidden, dim=0) @ torch.from_numpy(vector)) >= 0.999
+
+
+def test_an_encoder_with_fewer_positions_than_it_says_is_cut_in_time(tokenizer, tmp_path):
+    from transformers import RobertaConfig, RobertaModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=34, pad_token_id=1, **sizes)
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    short = copy.deepcopy(tokenizer)
+    short.model_max_length = 32
+    short.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    assert encoder.card.limit == encoder.card.max_tokens == 32
+    assert np.isfinite(encoder.encode(["the boats of Vell " * 40])).all()
 
 
 @pytest.mark.real

@@ -1,3 +1,4 @@
+import gzip
 import json
 import signal
 import subprocess
@@ -159,6 +160,11 @@ def test_broken_files_are_named(ledger, tmp_path):
     (tmp_path / "y.jsonl.gz").write_bytes(b"not gzip at all")
     with pytest.raises(DataError, match="y.jsonl.gz"):
         import_files(ledger, [tmp_path / "y.jsonl.gz"])
+    whole = bytearray(gzip.compress(b'{"text": "A page of some length, so that there is a middle."}\n' * 50))
+    whole[12:40] = bytes(28)
+    (tmp_path / "z.jsonl.gz").write_bytes(whole)
+    with pytest.raises(DataError, match=r"z.jsonl.gz: cannot be read"):
+        import_files(ledger, [tmp_path / "z.jsonl.gz"])
     (tmp_path / "z.db").write_text("hello, this is not a database file at all, really")
     with pytest.raises(DataError, match="cannot be opened as a byheart ledger"):
         Ledger(tmp_path / "z.db")

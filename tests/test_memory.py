@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from byheart.base import make_base
+from byheart.base import load_base, make_base
 from byheart.compare import compare
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
@@ -21,6 +21,7 @@ from byheart.methods.memory.states import Upper, keep_states
 from byheart.perplexity import perplexity
 from byheart.prompt import PromptFormat
 from byheart.rows import Document, Fact, Question
+from byheart.storage import read_card, write_json
 from byheart.training import Recipe, train
 from conftest import FAMILIES, tiny_model
 
@@ -273,6 +274,53 @@ def test_learning_lowers_the_loss_and_survives_saving(place, base, tmp_path):
     with other.attached():
         assert torch.equal(logits(base), learnt)
     assert other.pieces == method.pieces
+
+
+@pytest.mark.parametrize("broken", [{"settings": {"magic": 1}}, {"base": "m"}, {"examples": [{}]}, {"encoder": {}}])
+def test_a_card_that_is_not_ours_is_named(base, tmp_path, broken):
+    from byheart.cli import learning
+
+    method = memory(base, tmp_path, epochs=1)
+    method.learn(ledger_of(tmp_path))
+    method.save_pretrained(tmp_path / "kept")
+    card = read_card(tmp_path / "kept" / "byheart.json") | broken
+    write_json(tmp_path / "kept" / "byheart.json", card)
+    with pytest.raises(DataError, match=r"byheart.json: not what byheart writes there"):
+        Memory.from_pretrained(tmp_path / "kept", base)
+    if "base" in broken:
+        with pytest.raises(DataError, match=r"byheart.json: does not name its base; give --base"):
+            next(learning._loaded([tmp_path / "kept"], None, None, None))
+
+
+def test_following_is_kept_as_it_goes(base, tmp_path, monkeypatch):
+    from byheart.cli import learning
+
+    base.model.save_pretrained(tmp_path / "tiny")
+    base.tokenizer.save_pretrained(tmp_path / "tiny")
+    known, ledger = tmp_path / "known", ledger_of(tmp_path)
+    there = load_base(str(tmp_path / "tiny"))
+    method = Memory(there, Settings(shots=0, options=FAST), tmp_path / "work")
+    method.learn(ledger)
+    method.save_pretrained(known)
+    ledger.insert([FACTS[0].model_copy(update={"id": id, "subject": id}) for id in ("Ebb", "Vellmora")])
+    plain, done = Memory.revise, []
+
+    def fails(self, change):
+        if len(done) == 1:
+            raise DataError("here it ends")
+        done.append(change)
+        return plain(self, change)
+
+    monkeypatch.setattr(learning, "_SAVE_EVERY", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Memory, "revise", fails)
+        with pytest.raises(DataError, match="here it ends"):
+            learning._follow(known, ledger.path)
+    stand = read_card(known / "byheart.json", "ledger")["ledger"]
+    assert stand == done[0].stand
+    assert [fact.id for fact in Memory.from_pretrained(known, there).facts] == ["river", "Ebb"]
+    learning._follow(known, ledger.path)
+    assert [fact.id for fact in Memory.from_pretrained(known, there).facts] == ["river", "Ebb", "Vellmora"]
 
 
 def test_texts_with_odd_line_breaks_survive_saving(base, tmp_path):
@@ -593,6 +641,61 @@ def test_self_study_runs_on_a_model(base, tmp_path):
     method = memory(base, tmp_path, study=1, epochs=1)
     method.learn(ledger_of(tmp_path))
     assert method.pieces
+
+
+def test_a_study_that_was_killed_goes_on(base, tmp_path, monkeypatch):
+    from byheart.methods.memory import method as module
+
+    monkeypatch.setattr(module, "_AT_ONCE", 1)
+    plain, seen = module.study, []
+
+    def fails(base, form, passages, *rest):
+        seen.append([passage.document for passage in passages])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return plain(base, form, passages, *rest)
+
+    monkeypatch.setattr(module, "study", fails)
+    with pytest.raises(KeyboardInterrupt):
+        memory(base, tmp_path, study=1, epochs=1).learn(ledger_of(tmp_path))
+    again = memory(base, tmp_path, study=1, epochs=1)
+    again.learn(ledger_of(tmp_path))
+    assert seen == [["quay"], ["cove"], ["cove"]]
+    whole = memory(base, tmp_path / "whole", study=1, epochs=1)
+    (tmp_path / "whole").mkdir()
+    whole.learn(ledger_of(tmp_path / "whole"))
+    assert again.pieces == whole.pieces
+    # Other words to be measured are another study.
+    asked = [*PAGES, *ASKED, *FACTS, Question(id="new", question="Where is the quay?", answers=["there"])]
+    memory(base, tmp_path, study=1, epochs=1).learn(ledger_of(tmp_path, asked))
+    assert seen[5:] == [["quay"], ["cove"]]
+
+
+def test_facts_begin_and_cease_to_hold_with_time(base, tmp_path, monkeypatch):
+    from byheart.methods.memory import method as module
+
+    soon = FACTS[0].model_copy(update={"id": "soon", "subject": "Pell Cove", "valid_from": dt.date(2999, 1, 1)})
+    gone = FACTS[0].model_copy(update={"valid_to": dt.date(2999, 1, 1)})
+    other = FACTS[0].model_copy(update={"id": "other", "subject": "Vellmora"})
+    method, ledger = memory(base, tmp_path, learn="temp"), ledger_of(tmp_path, [*ASKED, gone, soon])
+    method.learn(ledger)
+
+    def learnt():
+        return {piece.owner for piece in method.pieces if piece.owner.startswith("fact/")}
+
+    assert learnt() == {"fact/river"}
+
+    class Later(dt.date):
+        @classmethod
+        def today(cls):
+            return dt.date(3000, 1, 1)
+
+    monkeypatch.setattr(module.dt, "date", Later)
+    stand = ledger.revision
+    ledger.insert([other])
+    (change,) = ledger.history(since=stand)
+    method.revise(change)
+    assert learnt() == {"fact/soon", "fact/other"}
 
 
 def test_pages_are_seen_as_often_as_told(base, tmp_path, monkeypatch):

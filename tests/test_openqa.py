@@ -55,6 +55,14 @@ def test_a_corpus_in_dprs_form(tmp_path):
     assert [(d.id, d.title, d.text) for d in documents] == [("1", "Title", 'A "quoted" text.'), ("2", "Other", "More.")]
 
 
+@pytest.mark.parametrize("odd", [b"3\t\xff\tTitle\n", b'3\t"' + b"x" * 200_000 + b'"\tTitle\n'])
+def test_a_corpus_that_is_no_text_is_named(tmp_path, odd):
+    (tmp_path / "psgs_w100.tsv").write_bytes(b"id\ttext\ttitle\n1\tMore.\tOther\n" + odd)
+    data = write(tmp_path / "q" / "dev.jsonl", [{"question": "q", "answer": ["a"]}])
+    with pytest.raises(DataError, match=r"psgs_w100.tsv: cannot be read after line \d"):
+        list(nq(str(data), tmp_path / "psgs_w100.tsv").rows())
+
+
 def test_triviaqa_in_its_published_form(tmp_path):
     entry = {"QuestionId": "t1", "Question": "Which?", "Answer": {"Value": "Bh", "Aliases": ["Bh", "BH"]}}
     (tmp_path / "unfiltered-web-dev.json").write_text(json.dumps({"Data": [entry]}))

@@ -33,6 +33,7 @@ from byheart.padding import right_padded
 from byheart.prompt import PromptFormat
 from byheart.rows import Document, Question
 from byheart.segment import Passage
+from byheart.storage import bytes_under
 from conftest import FAMILIES, tiny_model
 
 DECODERS = [name for name in FAMILIES if name != "t5"]
@@ -230,6 +231,32 @@ def test_what_is_on_disk_answers_alike_and_follows_the_ledger(tiny, small, tmp_p
     calls.clear()
     assert plain(asked_of(again)) == plain(asked_of(kept))
     assert {len(rows) for rows in calls} == {1}  # the self-test and the head
+
+
+def test_what_other_options_left_on_disk_is_neither_counted_nor_kept(tiny, small, tmp_path):
+    base = tiny("llama")
+    for precision in ("model", "int8"):
+        options = {"prefix.store": "disk", "prefix.precision": precision}
+        method = Prefix(base, Settings(options=options), tmp_path / "work")
+        report = method.learn(small)
+    assert len(list((tmp_path / "work" / "prefix").rglob("*.safetensors"))) == 6
+    own = {method.cache.path(passage) for _, passage in method._retriever.index.all_passages()}
+    assert report.bytes == bytes_under(tmp_path / "work" / "index") + sum(path.stat().st_size for path in own)
+    method.save_pretrained(tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").rglob("??/*.safetensors")} == {path.name for path in own}
+    with Ledger(tmp_path / "empty.db", create=True) as empty:
+        method = Prefix(base, Settings(options=options), tmp_path / "none")
+        method.learn(empty)
+    method.save_pretrained(tmp_path / "nothing")
+    assert Prefix.from_pretrained(tmp_path / "nothing", base).options.store == "disk"
+
+
+def test_more_tokens_than_the_model_has_positions_for_are_refused(tokenizer):
+    base = make_base("small", tiny_model("gpt2", len(tokenizer)), tokenizer)
+    limit = base.model.config.max_position_embeddings
+    assert kv.read(base, [[5] * 9], start=limit - 9)[0].end == limit
+    with pytest.raises(DataError, match=rf"small: 9 tokens from position {limit - 8} on need {limit + 1} positions"):
+        kv.read(base, [[5] * 9], start=limit - 8)
 
 
 @pytest.mark.parametrize("name", ["context", "prefix"])

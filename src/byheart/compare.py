@@ -200,10 +200,9 @@ def question_metrics(question: Question, answer: Answer) -> Metrics:
         values["accuracy"] = float(answer.choice in question.answers)
         values["accuracy_calibrated"] = float(answer.choice_calibrated in question.answers)
     if answer.ranked is not None and question.documents:
-        ranked = list(dict.fromkeys(answer.ranked))
         for k in RECALL_AT:
-            values[f"recall@{k}"] = recall_share(ranked[:k], question.documents)
-        values["mrr"] = reciprocal_rank(first_hit(ranked, question.documents))
+            values[f"recall@{k}"] = recall_share(answer.ranked[:k], question.documents)
+        values["mrr"] = reciprocal_rank(first_hit(answer.ranked, question.documents))
     return values
 
 

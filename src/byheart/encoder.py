@@ -175,7 +175,8 @@ def load_encoder(
     except Exception as error:
         raise DataError(f"{name}: cannot be loaded as an encoder ({first_line(error)})") from error
     model.to(target).eval().requires_grad_(False)
-    limit = getattr(model.config, "max_position_embeddings", 512)
+    # RoBERTa counts positions from behind its padding's, so that it has some more than it can use.
+    limit = min(getattr(model.config, "max_position_embeddings", 512), tokenizer.model_max_length)
     settings = _settings(folder, limit)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in model_files(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO, cast
 from byheart.errors import DataError
 from byheart.ledger import Ledger
 from byheart.rows import Action, Document, Entry, parse_entry
+from byheart.storage import read_json
 
 MAX_LISTED = 20
 
@@ -58,17 +60,20 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any | BadLine]]:
                 except (RecursionError, ValueError) as error:
                     reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
                     yield number, BadLine(path, number, f"not JSON that can be read ({reason})")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def read_objects(path: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON objects of a benchmark file with their line numbers, each with the keys ``needed``.
 
+    Some are published as one array in a ``.json`` file: its objects are numbered.
+
     Raises:
         DataError: at the first line that is no object or lacks a key; names file, line and key.
     """
-    for number, value in read_json_lines(path):
+    whole = read_json(path) if _holds_array(path) else None
+    for number, value in read_json_lines(path) if whole is None else enumerate(whole, 1):
         if isinstance(value, BadLine):
             raise DataError(str(value))
         if not isinstance(value, dict):
@@ -136,6 +141,13 @@ def describe_bad(report: ImportReport) -> str:
         lines.append(f"... and {report.bad - len(lines)} more")
     lines.append(f"{report.bad} bad line{'s' if report.bad != 1 else ''}.")
     return "\n".join(lines)
+
+
+def _holds_array(path: Path) -> bool:
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return next((line for line in stream if line.strip()), b"").lstrip().startswith(b"[")
 
 
 def _opened(path: Path) -> BinaryIO:

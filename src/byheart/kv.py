@@ -80,12 +80,21 @@ def read(base: Base, rows: Sequence[Sequence[int]], head: KV | None = None, star
     Args:
         head: what all rows look back at.
         start: the position of their first tokens; by default right behind the head.
+
+    Raises:
+        DataError: where the model has fewer positions.
     """
     if not rows:
         return []
+    start = (0 if head is None else head.end) if start is None else start
+    limit, longest = getattr(base.model.config, "max_position_embeddings", None), max(map(len, rows))
+    if limit is not None and start + longest > limit:
+        raise DataError(
+            f"{base.name}: {longest} tokens from position {start} on need {start + longest} positions, the model has "
+            f"{limit}; use fewer passages (--k), fewer examples (--shots) or shorter segments (--segment)"
+        )
     ids, mask, places = right_padded(rows, base.device)
     before = 0 if head is None else head.columns
-    start = (0 if head is None else head.end) if start is None else start
     cache = begun(base, head, len(rows))
     with torch.inference_mode(), fast_attention(base.model):
         base.model(

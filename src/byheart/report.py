@@ -45,7 +45,7 @@ RETRIEVAL = (
     ("recall@1", "recall@1", "share of right documents behind the first passage"),
     ("recall@5", "recall@5", "share of right documents behind the first five passages"),
     ("recall@10", "recall@10", "share of right documents behind the first ten passages"),
-    ("mrr", "MRR", "mean of one over the rank of the first right document"),
+    ("mrr", "MRR", "mean of one over the rank of the first passage of a right document"),
 )
 
 
@@ -85,13 +85,14 @@ def remarks(run: dict[str, Any]) -> list[str]:
 def before_after(folder: Path) -> str | None:
     """One question that a way of learning made right: what the model said before, and what it says now."""
     before: dict[str, dict[str, Any]] = {}
-    for row in map(json.loads, (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()):
-        if row["method"] == "closed":
-            before[row["question"]] = row
-        elif row["method"] not in _CONTROLS and row["metrics"].get("em") == 1 and row["answers"]:
-            old = before.get(row["question"])
-            if old is not None and old["metrics"].get("em") == 0:
-                return f"{row['question_text']} before: {old['text']!r}, with {row['method']}: {row['text']!r}"
+    with (folder / "answers.jsonl").open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if row["method"] == "closed":
+                before[row["question"]] = row
+            elif row["method"] not in _CONTROLS and row["metrics"].get("em") == 1 and row["answers"]:
+                old = before.get(row["question"])
+                if old is not None and old["metrics"].get("em") == 0:
+                    return f"{row['question_text']} before: {old['text']!r}, with {row['method']}: {row['text']!r}"
     return None
 
 

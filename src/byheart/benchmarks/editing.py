@@ -71,11 +71,11 @@ def counterfact(data: Path, references: Path | None = None) -> Records:
         DataError: names file, line and reason.
     """
     path = _file(data, ("counterfact_full.jsonl", "counterfact.jsonl", "counterfact.json"))
-    texts = (
-        {}
-        if references is None
-        else {str(r["object"]): tuple(r["texts"]) for _, r in read_objects(references, ("object", "texts"))}
-    )
+    texts: dict[str, tuple[str, ...]] = {}
+    for number, row in () if references is None else read_objects(references, ("object", "texts")):
+        if not isinstance(row["texts"], list) or not all(isinstance(text, str) for text in row["texts"]):
+            raise DataError(f'{references}:{number}: "texts" must be a list of texts')
+        texts[str(row["object"])] = tuple(row["texts"])
     return _records(path, ("requested_rewrite",), lambda number, row: _counterfact_case(path, number, row, texts))
 
 
@@ -141,6 +141,7 @@ def question_cases(path: Path) -> Records:
 def _question_case(number: int, row: dict[str, Any]) -> Case:
     title, answers = str(row["title"]).replace("_", " "), row.get("answers") or []
     answers = answers.get("text", []) if isinstance(answers, dict) else answers
+    answers = [answers] if isinstance(answers, str) else answers
     question = str(row["question"]).strip()
     named = re.search(rf"(?<!\w){re.escape(title)}(?!\w)", question, re.IGNORECASE) if title else None
     if named is None or SUBJECT_PLACE in question:

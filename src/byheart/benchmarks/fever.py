@@ -98,6 +98,11 @@ def load_fever(data: Path, *, top: int = 99, how: How = "claim", seed: int = 0, 
     for part in ("train", "validation"):
         if len({claim.label for claim in found if claim.part == part}) < 2:
             raise DataError(f"--data {data}: too few claims on {len(pages)} pages: {part} has fewer than two labels")
+    decided = {claim.label for claim in found if claim.part == "train"} & {*LABELS[:2]}
+    if len(decided) < 2:
+        raise DataError(
+            f"--data {data}: too few claims on {len(pages)} pages: none to learn from of {' or '.join(LABELS[:2])}"
+        )
     asked = {claim.id for claim in drawn([claim for claim in found if claim.part == "validation"], limit, seed)}
     found = [claim for claim in found if claim.part == "train" or claim.id in asked]
     return Fever(tuple(pages), tuple(found), dict(counts))

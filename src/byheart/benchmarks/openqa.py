@@ -91,12 +91,16 @@ def read_corpus(path: Path) -> Iterator[Document]:
     """
     if path.suffix == ".tsv":
         with path.open(newline="", encoding="utf-8") as stream:
-            for number, cells in enumerate(csv.reader(stream, delimiter="\t"), 1):
-                if cells[:2] == ["id", "text"]:
-                    continue
-                if len(cells) < 2:
-                    raise DataError(f"{path}:{number}: needs id, text and title with tabs between them")
-                yield _document(path, number, cells[0], cells[2] if len(cells) > 2 else "", cells[1])
+            lines = csv.reader(stream, delimiter="\t")
+            try:
+                for number, cells in enumerate(lines, 1):
+                    if cells[:2] == ["id", "text"]:
+                        continue
+                    if len(cells) < 2:
+                        raise DataError(f"{path}:{number}: needs id, text and title with tabs between them")
+                    yield _document(path, number, cells[0], cells[2] if len(cells) > 2 else "", cells[1])
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise DataError(f"{path}: cannot be read after line {lines.line_num} ({first_line(error)})") from None
         return
     for number, row in read_objects(path, ("text",)):
         id = row.get("id")

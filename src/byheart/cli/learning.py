@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,10 +36,13 @@ from byheart.errors import DataError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from byheart.base import Base
     from byheart.methods import Method
 
 
 app = typer.Typer()
+# Seconds of changes that a kill costs.
+_SAVE_EVERY = 60.0
 OwnBase = Annotated[
     str | None,
     typer.Option("--base", help="The language model it was made for; by default by the name that it had then."),
@@ -118,7 +122,7 @@ def _ask(
     if not question.strip():
         raise UsageError("QUESTION: is empty")
     rows = []
-    for folder, method in zip(folders, _loaded(folders, base, device, dtype), strict=True):
+    for folder, (method, _) in zip(folders, _loaded(folders, base, device, dtype), strict=True):
         with method.attached():
             (answer,) = method.answer([Question(id="asked", question=question)])
         rows.append({"folder": str(folder), "method": method.name} | asdict(answer))
@@ -196,13 +200,18 @@ def _follow(
         notes: list[str] = []
         seconds = 0.0
         if changes:
-            (method,) = _loaded([folder], base, device, dtype)
+            ((method, model),) = _loaded([folder], base, device, dtype)
+            saved = time.monotonic()
             with Terminal().bar("follow: changes", len(changes)) as tick:
                 for change in changes:
                     report = method.revise(change)
                     seconds += report.seconds
                     notes += [f"{change.kind} {change.id}: {note}" for note in report.notes]
                     tick(1)
+                    if time.monotonic() - saved > _SAVE_EVERY:
+                        method.save_pretrained(folder)
+                        method = type(method).from_pretrained(folder, model)  # what it had open has moved
+                        saved = time.monotonic()
             method.save_pretrained(folder)
     for note in notes:
         print(note, file=sys.stderr)
@@ -222,7 +231,7 @@ def _undo(
     """Take facts out of an edit: the others are solved for again, from what is kept of them."""
     from byheart.methods.edit.method import Edit
 
-    (method,) = _loaded([folder], base, device, dtype)
+    ((method, _),) = _loaded([folder], base, device, dtype)
     if not isinstance(method, Edit):
         raise UsageError(f"{folder}: holds {method.name}, and only an edit's facts can be undone one by one")
     report = method.undo(facts)
@@ -253,7 +262,7 @@ def _export(
         raise UsageError(f"--to {to}: must be peft or merged")
     if rank is not None and to != "peft":
         raise UsageError("--rank: only for --to peft")
-    (method,) = _loaded([folder], base, device, dtype)
+    ((method, _),) = _loaded([folder], base, device, dtype)
     if isinstance(method, Prefix) and to == "peft" and rank is None:
         record = export_cartridge(method, out)
         emit(record, as_json, f"{out}: written, {record['columns']} columns")
@@ -268,7 +277,9 @@ def _export(
     emit(record, as_json, f"{out}: written{said}")
 
 
-def _loaded(folders: list[Path], base: str | None, device: str | None, dtype: str | None) -> Iterator[Method]:
+def _loaded(
+    folders: list[Path], base: str | None, device: str | None, dtype: str | None
+) -> Iterator[tuple[Method, Base]]:
     """What was learnt into each folder, one after the other, on one base."""
     from byheart.base import load_base
     from byheart.methods import method_class
@@ -276,10 +287,13 @@ def _loaded(folders: list[Path], base: str | None, device: str | None, dtype: st
     from byheart.storage import read_card
 
     cards = [read_card(folder / "byheart.json", "method", "base") for folder in folders]
-    name = base or str(cards[0]["base"]["name"])
+    try:
+        name = base or str(cards[0]["base"]["name"])
+    except (KeyError, TypeError):
+        raise DataError(f"{folders[0] / 'byheart.json'}: does not name its base; give --base") from None
     model = load_base(name, device=device, dtype=dtype, say=Terminal().say)
     for folder, card in zip(folders, cards, strict=True):
-        yield method_class(card["method"]).from_pretrained(folder, model)
+        yield method_class(card["method"]).from_pretrained(folder, model), model
 
 
 def _show_report(report: Any, out: Path, as_json: bool, sentence: str, skipped: dict[str, str]) -> None:

@@ -143,15 +143,20 @@ class _Control:
         card = read_card(path / "byheart.json", "method", "base", "encoder", "settings", "examples", "ledger")
         if card["method"] != cls.name:
             raise DataError(f"{path}: holds {card['method']}, not {cls.name}")
-        if card["base"]["hash"] != base.hash:
-            raise DataError(f"{path}: was made for another base ({card['base']['name']}) than {base.name}")
-        method = cls(base, Settings(**card["settings"]), path)
-        if card["encoder"] is not None and card["encoder"]["hash"] != method.encoder.card.hash:
+        try:
+            made_for, settings = (card["base"]["name"], card["base"]["hash"]), Settings(**card["settings"])
+            encoder = None if card["encoder"] is None else card["encoder"]["hash"]
+            examples = [
+                Example(e["question"], e["answer"], None if e["passage"] is None else Passage(**e["passage"]))
+                for e in card["examples"]
+            ]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{path / 'byheart.json'}: not what byheart writes there ({error!r})") from None
+        if made_for[1] != base.hash:
+            raise DataError(f"{path}: was made for another base ({made_for[0]}) than {base.name}")
+        method = cls(base, settings, path)
+        if encoder is not None and encoder != method.encoder.card.hash:
             raise DataError(f"{path}: was made with another encoder than the {method.encoder.card.name} that is here")
-        examples = [
-            Example(e["question"], e["answer"], None if e["passage"] is None else Passage(**e["passage"]))
-            for e in card["examples"]
-        ]
         method.form = PromptFormat(base.tokenizer, examples, chat=method.settings.chat)
         method.stand = card["ledger"]
         return method

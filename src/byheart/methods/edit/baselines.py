@@ -43,6 +43,7 @@ class Baseline(ChangedWeights):
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
+        self.holding: list[Fact] = []  # all facts that hold, those that cannot be written among them
         self.facts: list[Fact] = []
         self.skipped: dict[str, str] = {}
 
@@ -55,7 +56,7 @@ class Baseline(ChangedWeights):
         """Learn all facts again, with the change."""
         report = LearnReport()
         if change.kind == "fact":
-            kept = [fact for fact in self.facts if fact.id != change.id]
+            kept = [fact for fact in self.holding if fact.id != change.id]
             report = self._learn([*kept, change.after] if isinstance(change.after, Fact) else kept, _NOTHING)
         super().revise(change)
         return report
@@ -65,7 +66,7 @@ class Baseline(ChangedWeights):
         chosen, skipped = choose_facts(facts, dt.date.today())
         texts = make_prefixes(self.base, self.prefixes, self.settings.seed) if self.prefixes else ()
         prepared, more = prepare(self.base.tokenizer, chosen, texts)
-        self.skipped = skipped | more
+        self.holding, self.skipped = list(facts), skipped | more
         self.facts = [one.fact for one in prepared]
         self.deltas = self._solve(prepared, progress) if prepared else {}
         return LearnReport(
@@ -80,11 +81,13 @@ class Baseline(ChangedWeights):
         """The change that holds the facts."""
 
     def _record(self) -> dict[str, Any]:
-        facts = [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.facts]
-        return {"facts": facts, "skipped": self.skipped}
+        holding = [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.holding]
+        return {"holding": holding, "facts": [fact.id for fact in self.facts], "skipped": self.skipped}
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.facts = [Fact.model_validate(fact) for fact in record["facts"]]
+        self.holding = [Fact.model_validate(fact) for fact in record["holding"]]
+        by_id = {fact.id: fact for fact in self.holding}
+        self.facts = [by_id[id] for id in record["facts"]]
         self.skipped = record["skipped"]
 
 

@@ -319,7 +319,8 @@ class Edit(ChangedWeights):
         said, within = guard.drift_notes(standing, after, options.max_perplexity, options.max_neighbours)
         notes = (*guard.unsaid_notes(unsaid, len(self.facts)), said)
         if not within and options.gate == "rollback":
-            gone = {fact.id for fact in before["holding"]} - {fact.id for fact in self.holding}
+            now = {fact.id: fact for fact in self.holding}
+            gone = {fact.id for fact in before["holding"] if now.get(fact.id) != fact}  # an outdated one, too
             vars(self).update(before)
             refused = {fact.id: _REFUSED for fact in new}
             if gone:  # what was taken out stays out; what that let in does not come in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -40,6 +41,16 @@ class ChangedWeights(Closed):
     def attached(self) -> AbstractContextManager[None]:
         """The changed model; afterwards the old weights are back, bit for bit."""
         return changed_by(self.base, self.deltas)
+
+    @property
+    def digest(self) -> str:
+        """What the changed model follows from besides the base."""
+        digest = hashlib.sha256()
+        for layer, factors in sorted(self.deltas.items()):
+            for factor in factors:
+                kept = b"" if factor is None else factor.detach().float().cpu().contiguous().numpy().tobytes()
+                digest.update(f"{layer} {len(kept)} ".encode() + kept)
+        return digest.hexdigest()
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything to keep besides the deltas."""

@@ -53,12 +53,14 @@ from byheart.progress import scaled
 from byheart.prompt import PromptFormat
 from byheart.rows import Document, Fact, Kind, Question
 from byheart.rows import Row as LedgerRow
-from byheart.segment import segment
-from byheart.storage import fingerprint, read_json, write_json, write_text
+from byheart.segment import Passage, segment
+from byheart.storage import fingerprint, read_json, resumed, write_json, write_text
 from byheart.training import Orders, Recipe, Trained, train
 
 _PIECES = "pieces.jsonl"
 _FACTS = "facts.jsonl"
+# Passages whose study is on disk before the next ones are studied.
+_AT_ONCE = 64
 # Tokens of ordinary text that training keeps still, as a multiple of d_ff: as many as an edit lets the model write.
 _ORDINARY = 10
 
@@ -389,8 +391,10 @@ class Memory(Closed):
         if learn == "temp" if change.kind == "document" else learn == "doc":
             rows = []
         elif change.kind == "fact":
-            today = dt.date.today()
-            was, is_now = ({fact.id: fact for fact in choose_facts(some, today)[0]} for some in (self.facts, facts))
+            # What was learnt when, and not what would have been today: some have begun or ceased to hold since.
+            there = {piece.owner for piece in self.pieces}
+            was = {fact.id: fact for fact in self.facts if owner_of("fact", fact.id) in there}
+            is_now = {fact.id: fact for fact in choose_facts(facts, dt.date.today())[0]}
             touched = {id for id in was.keys() | is_now.keys() if was.get(id) != is_now.get(id)}
             owners |= {owner_of("fact", id) for id in touched}
             rows = [is_now[id] for id in sorted(touched & is_now.keys())]
@@ -408,7 +412,17 @@ class Memory(Closed):
         pages = (row for row in documents if isinstance(row, Document))
         passages = list(segment(pages, self.encoder.splitter, self.settings.segment))
         seed, asking = self.settings.seed, self._asking()
-        return list(study(self.base, self.form, passages, options.study, seed, asking, self.measured))
+        form = (self.form.examples, asking.prompt(""), self.settings.chat)
+        made_with = (options.study, seed, sorted(self.measured))
+        mark = fingerprint(self.base.hash, str(self.base.dtype), form, passages, made_with)
+        lots = [passages[n : n + _AT_ONCE] for n in range(0, len(passages), _AT_ONCE)]
+
+        def make(some: Sequence[list[Passage]]) -> list[list[dict[str, Any]]]:
+            found = (study(self.base, self.form, lot, options.study, seed, asking, self.measured) for lot in some)
+            return [[piece.model_dump(mode="json") for piece in pieces] for pieces in found]
+
+        rows = resumed(self._folder / f"study-{mark}.json", mark, lots, 1, make)
+        return [Piece.model_validate(row) for lot in rows for row in lot]
 
     def _states(self, folder: Path, rows: Sequence[Row], start: int) -> States:
         mark = fingerprint(self.base.hash, str(self.base.dtype), start, [row.ids for row in rows])

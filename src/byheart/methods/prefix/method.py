@@ -35,7 +35,6 @@ from byheart.progress import scaled
 from byheart.rows import Question
 from byheart.score import normalize
 from byheart.segment import Passage, segment
-from byheart.storage import bytes_under
 
 _LEARNT = "learnt.safetensors"
 _INSTANCES = "instances.jsonl"
@@ -105,7 +104,7 @@ class Prefix(Learnt):
             self.cache.size((passage for _, passage in index.all_passages()), None)
             tick = silent if self._trains or long else scaled(progress, max(len(index), 1), report.documents)
             self.cache.keep((passage for _, passage in index.all_passages()), tick)
-            kept = bytes_under(self._files.folder)
+            kept = sum(path.stat().st_size for path in self._kept())
             seconds, stored = seconds + time.perf_counter() - began, stored + kept
             notes = (*notes, f"{kept / max(len(index), 1) / 1e6:.2f} MB a passage on disk")
         return replace(report, seconds=seconds, bytes=stored, notes=notes)
@@ -231,6 +230,11 @@ class Prefix(Learnt):
     def _remembers(self) -> bool:
         return bool(self.options.hard or self.options.demonstrations or self.options.interpolate)
 
+    def _kept(self) -> set[Path]:
+        """The files of all passages; those of other options and earlier passages may lie beside them."""
+        paths = {self.cache.path(passage) for _, passage in self._retriever.index.all_passages()}
+        return {path for path in paths if path.exists()}
+
     def _of_document(self, change: Change) -> list[Passage]:
         """The passages of the document that a change is about, as the index stands."""
         if not self._keeps or change.kind != "document":
@@ -246,7 +250,10 @@ class Prefix(Learnt):
         if self.instances is not None:
             self.instances.save(folder / _INSTANCES)
         if self._keeps:
-            shutil.copytree(self._files.folder, folder / "prefix", copy_function=_linked)
+            for path in self._kept():
+                target = folder / "prefix" / path.relative_to(self._files.folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _linked(path, target)
 
     @classmethod
     def from_pretrained(cls, path: Path, base: Base) -> Self:
@@ -288,7 +295,7 @@ def _part(found: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): one for key, one in found.items() if key.startswith(f"{name}.")}
 
 
-def _linked(source: str, target: str) -> None:
+def _linked(source: Path, target: Path) -> None:
     """The same file under two names where the disk allows it: there may be very much of it."""
     try:
         os.link(source, target)
