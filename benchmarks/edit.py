@@ -118,7 +118,7 @@ def main() -> None:
     layers = choose_layers(base, "auto")
     chosen, _ = choose_facts(facts(MANY))
     began = time.perf_counter()
-    prepared, _ = prepare(base.tokenizer, chosen, make_prefixes(base, 5, 0))
+    prepared, _ = prepare(base, chosen, make_prefixes(base, 5, 0))
     ready = time.perf_counter() - began
     began = time.perf_counter()
     rows = list(text_rows(base, None, 10 * base.parts.d_ff, 0))

@@ -214,6 +214,11 @@ def test_edit_undo_export_and_trace(tmp_path, smollm):
     assert done.returncode == 0 and "followed 1 changes" in done.stdout, done.stderr
     done = byheart("undo", "known", "master", cwd=tmp_path)
     assert "left: 1 facts" in done.stdout
+    other = {"type": "fact", "id": "other", "subject": "Ebb", "prompt": "The keeper of {} is", "object": "Ann"}
+    (tmp_path / "other.jsonl").write_text(json.dumps(other) + "\n")
+    byheart("ledger", "add", "l.db", "other.jsonl", cwd=tmp_path)
+    done = byheart("follow", "known", "l.db", cwd=tmp_path)
+    assert "skipped keeper: another target" in done.stderr and "skipped other: another target" in done.stderr
     done = byheart("trace", "--limit", "3", "--samples", "1", "--out", "t", cwd=tmp_path, BYHEART_HOME=_home(tmp_path))
     assert done.returncode == 0 and done.stdout.startswith("layers ")
     assert (tmp_path / "t" / "trace.png").read_bytes().startswith(b"\x89PNG")

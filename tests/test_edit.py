@@ -1,12 +1,14 @@
 """The method `edit` as users meet it: learn, undo, revise, keep, export, guard rails, prompts, tracing."""
 
 import datetime as dt
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from byheart import ordinary
@@ -16,13 +18,14 @@ from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.losses import drift
 from byheart.methods import Settings, method_class
-from byheart.methods.edit import guard, solve
+from byheart.methods.edit import guard, solve, targets
 from byheart.methods.edit import settle as settle_module
 from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, trace
 from byheart.methods.edit.common_facts import common_facts
 from byheart.methods.edit.covariance import token_counts
 from byheart.methods.edit.export import export_merged, export_peft
 from byheart.methods.edit.layers import choose_layers
+from byheart.methods.edit.mend import Mend
 from byheart.methods.edit.method import Edit
 from byheart.methods.edit.others import about_others, names_in
 from byheart.methods.edit.prompts import find_lookup, prepare, prompt_text, target_text, tokenize
@@ -439,6 +442,98 @@ def test_what_is_outdated_goes_though_a_gate_refuses_what_is_now_true(base, tmp_
         assert method.skipped == dict.fromkeys(gone, "rolled back by the gate")
 
 
+def test_what_waits_is_not_lost_where_a_gate_refuses(base, tmp_path, monkeypatch):
+    rival = FACTS[1].model_copy(update={"id": "rival", "object": "smoked eel"})
+    future = FACTS[2].model_copy(update={"valid_from": dt.date(2999, 1, 1)})
+    facts = [FACTS[0], FACTS[1], rival, future]
+    with monkeypatch.context() as patch:
+        patch.setattr(guard, "drift_notes", lambda *given: ("too far", False))
+        method = learnt(base, tmp_path, facts, gate="rollback", max_perplexity=1e9, max_neighbours=1)
+    assert not method.facts and method.holding == facts[1:]
+    assert method.skipped.keys() == {"quay", "cove", "rival", "mora"}
+    with ledger_of(tmp_path, facts) as ledger:
+        start = ledger.revision
+        ledger.retract("fact", "rival")
+        ledger.retract("fact", "quay")
+        for change in ledger.history(since=start):
+            method.revise(change)
+    # What stood in the way is gone; and of what is gone nobody has to hear that it was refused once.
+    assert method.facts == [FACTS[1]] and method.skipped.keys() == {"mora"}
+
+
+def test_what_is_added_to_a_change_does_not_bring_an_undone_one_back(base, tmp_path):
+    beside = FACTS[1].model_copy(update={"id": "beside", "prompt": "{} lies in", "object": "a bay"})
+    one_by_one = {"sequence": "accumulate", "batch": 1}
+    method = learnt(base, tmp_path, [FACTS[0], FACTS[1], beside], **one_by_one)
+    first = method.z[0].clone()
+    method.undo(["cove"])
+    assert [fact.id for fact in method.facts] == ["quay", "beside"] and torch.equal(method.z[0], first)
+    alone = learnt(base, tmp_path, [FACTS[0], beside])
+    for one, other in zip(weights_with(method), weights_with(alone), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_the_time_of_targets_is_that_of_the_facts_in_it(base, tmp_path):
+    learnt(base, tmp_path)
+    (store,) = (tmp_path / "work" / "edit").glob("*.safetensors")
+    kept = load_file(store)
+    save_file({name: one * 0 + 1000 if name.startswith("seconds ") else one for name, one in kept.items()}, store)
+    assert 1000 < learnt(base, tmp_path, FACTS[:1]).report.seconds < 2000
+    assert 4000 < learnt(base, tmp_path).report.seconds < 5000
+
+
+def test_a_fact_longer_than_the_models_positions_is_left_out_by_name(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
+    base = make_base("small", tiny_model("gpt2", len(tokenizer)), tokenizer)
+    long = FACTS[1].model_copy(update={"object": "stone " * base.positions})
+    method = learnt(base, tmp_path, [FACTS[0], long])
+    assert [fact.id for fact in method.facts] == ["quay"]
+    assert method.skipped == {"cove": f"longer than the model's {base.positions} positions"}
+
+
+def test_a_long_fact_does_not_pad_all_others(base, monkeypatch):
+    seen = []
+
+    def search(base, some, group, layer, options):
+        rows = [row for one in some for row in (*one.rows, one.essence)]
+        seen.append(len(rows) * max(len(row.tail) for row in rows))
+        count = len(some)
+        return torch.zeros(count, base.parts.d_model), torch.zeros(count), torch.zeros(count, dtype=torch.long)
+
+    monkeypatch.setattr(targets, "_search", search)
+    facts = [FACTS[0].model_copy(update={"id": str(n), "subject": f"Quay {n}"}) for n in range(60)]
+    facts[7] = facts[7].model_copy(update={"object": "stone " * 150})
+    prepared, _ = prepare(base, facts, ("So. ", "And. "))
+    find_targets(base, prepared, 1, TargetOptions())
+    assert len(seen) > 1 and max(seen) <= 4 * targets.BATCH_TOKENS["cpu"]
+
+
+def test_a_model_that_counts_back_by_alibi_is_edited_in_batches(tokenizer, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4})
+    base = make_base("bloom", tiny_model("bloom", len(tokenizer)), tokenizer)
+    prepared, _ = prepare(base, FACTS, ("So. ",))
+    together = find_targets(base, prepared, 1, TargetOptions(steps=3)).z
+    alone = torch.cat([find_targets(base, [one], 1, TargetOptions(steps=3)).z for one in prepared])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_the_editor_of_mend_is_trained_once(base, tmp_path, monkeypatch):
+    trained = []
+    plain = Mend._train
+    monkeypatch.setattr(Mend, "_train", lambda self: trained.append(1) or plain(self))
+    method = Mend(base, Settings(shots=0, options={"mend.steps": "2"}), tmp_path)
+    for facts in (FACTS[:2], FACTS):
+        with ledger_of(tmp_path, facts) as ledger:
+            method.learn(ledger)
+    assert len(trained) == 1 and len(method.facts) == 4
+    with pytest.raises(UsageError, match=r"mend.batch=0: must be at least 1"):
+        Mend(base, Settings(options={"mend.batch": "0"}), tmp_path)
+    (tmp_path / "none.jsonl").write_text("\n")
+    empty = Mend(base, Settings(shots=0, options={"mend.train": str(tmp_path / "none.jsonl")}), tmp_path)
+    with ledger_of(tmp_path, FACTS) as ledger, pytest.raises(DataError, match=r"none.jsonl: holds no rows"):
+        empty.learn(ledger)
+
+
 @pytest.mark.parametrize("name", ["edit", "ft"])
 def test_what_it_is_tells_one_change_from_another(base, tmp_path, name):
     (tmp_path / "text.txt").write_text("The stones of the quay are wet. " * 40)
@@ -523,7 +618,7 @@ def test_every_variant_brings_states_nearer_to_their_targets(option, base, tmp_p
 
 def nearer(method):
     """How far the edited states are from their targets, as a share of how far they were."""
-    prepared, _ = prepare(method.base.tokenizer, method.facts, method.prefixes)
+    prepared, _ = prepare(method.base, method.facts, method.prefixes)
     first, last = method.layers[0], method.layers[-1]
     with torch.no_grad():
         *_, before, _ = Reader(method.base, prepared, first, last).read(last)
@@ -533,7 +628,7 @@ def nearer(method):
 
 
 def test_a_norm_anchored_target_keeps_its_length(base):
-    prepared, _ = prepare(base.tokenizer, FACTS[:2], ("So. ",))
+    prepared, _ = prepare(base, FACTS[:2], ("So. ",))
     plain = find_targets(base, prepared, 1, TargetOptions(steps=1))  # no step of Adam: z is the state itself
     turned = find_targets(base, prepared, 1, TargetOptions(steps=6, lr=1.0, clamp=2.0, anchor=True))
     assert not torch.allclose(plain.z, turned.z, atol=1e-2)
@@ -541,7 +636,7 @@ def test_a_norm_anchored_target_keeps_its_length(base):
 
 
 def test_facts_of_one_group_share_their_delta(base):
-    prepared, _ = prepare(base.tokenizer, FACTS, ("So. ",))
+    prepared, _ = prepare(base, FACTS, ("So. ",))
     start = find_targets(base, prepared, 1, TargetOptions(steps=1)).z
     moved = find_targets(base, prepared, 1, TargetOptions(steps=5), [0, 1, 2, 2]).z - start
     assert torch.allclose(moved[2], moved[3], atol=1e-5)
@@ -549,7 +644,7 @@ def test_facts_of_one_group_share_their_delta(base):
 
 
 def test_targets_do_not_depend_on_the_batch(base, monkeypatch):
-    prepared, _ = prepare(base.tokenizer, FACTS, ("So it was said. ", "And. "))
+    prepared, _ = prepare(base, FACTS, ("So it was said. ", "And. "))
     together = find_targets(base, prepared, 1, TargetOptions(steps=5, stop_loss=2.0))
     monkeypatch.setitem(__import__("byheart.methods.edit.targets", fromlist=["x"]).BATCH_TOKENS, "cpu", 1)
     alone = find_targets(base, prepared, 1, TargetOptions(steps=5, stop_loss=2.0))
@@ -712,9 +807,9 @@ def test_the_subjects_last_token_is_verified_by_decoding(tokenizer):
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Z"]), min_size=1, max_size=12))
 def test_any_subject_is_found(tokenizer, subject):
-    prepared, skipped = prepare(
-        tokenizer, [Fact(id="x", subject=subject, prompt="It is {} that", object="here")], ("Oh. ",)
-    )
+    base = SimpleNamespace(tokenizer=tokenizer, positions=None)
+    fact = Fact(id="x", subject=subject, prompt="It is {} that", object="here")
+    prepared, skipped = prepare(base, [fact], ("Oh. ",))
     if skipped:
         assert tokenizer.unk_token in tokenizer.decode(tokenizer(subject)["input_ids"]) or "�" in subject
         return

@@ -131,7 +131,7 @@ def plain_write(base, targets, moments, weight, scatter):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, scatter, tokenizer):
     base = make_base(family, tiny_model(family, len(tokenizer), torch.float64), tokenizer)
-    prepared, skipped = prepare(tokenizer, FACTS, PREFIXES)
+    prepared, skipped = prepare(base, FACTS, PREFIXES)
     assert not skipped
     found = find_targets(base, prepared, LAYERS[-1], OPTIONS)
     plain = [plain_target(base, fact, LAYERS[-1]) for fact in FACTS]
@@ -149,10 +149,11 @@ def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, scatter
         assert torch.equal(matrix(block.mlp_out), old)
     # Shifts go through the same maps, and change nothing else.
     shifts = torch.randn(len(FACTS), len(LAYERS), base.parts.d_model, dtype=torch.float64)
-    again = writer.write(prepared, found.z, shifts=shifts)
+    again = written.shifted(shifts)
     for place, layer in enumerate(LAYERS):
         (left, right), (old_left, old_right) = again.deltas[layer], written.deltas[layer]
         assert torch.equal(again.keys[layer], written.keys[layer])
+        assert torch.equal(written.shifted(0 * shifts).shifted(shifts).residuals[layer], again.residuals[layer])
         assert torch.allclose(left @ right, old_left @ old_right + shifts[:, place].T @ written.maps[layer])
     keys, deltas = plain_write(base, [z for z, _ in plain], moments, 0.05, scatter)
     for layer in LAYERS:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from byheart.base import make_base
-from byheart.benchmarks.edit_run import Plan, run_editing, score_cases
+from byheart.benchmarks.edit_run import Plan, _means, run_editing, score_cases
 from byheart.benchmarks.editing import Case, Probe, counterfact, question_cases, same_subject, zsre
 from byheart.cli.benchmarks import _ordinary_rows
 from byheart.decode import Job, Sampling, complete
@@ -65,6 +65,8 @@ def test_counterfact_records_become_cases(tmp_path):
 def test_zsre_rows_become_cases(tmp_path):
     (case,) = zsre(lines(tmp_path / "zsre_eval.jsonl", ZSRE)).cases
     assert case.fact.prompt == "Who is the mayor of {}?" and case.fact.object == "Ann"
+    # As it is learnt, so it is asked: a space before a target would be a token of its own.
+    assert zsre(lines(tmp_path / "z.jsonl", ZSRE | {"alt": " Ann", "loc_ans": " Tole "})).cases == [case]
     assert [(p.kind, p.wanted) for p in case.probes] == [
         ("edit", "Ann"), ("paraphrase", "Ann"), ("neighbourhood", "Tole"), ("portability", "Ebb"),
     ]  # fmt: skip
@@ -201,6 +203,13 @@ def test_a_text_that_nothing_can_be_measured_on_is_refused(tiny, tmp_path):
     path.write_text("Ann keeps the light of Ebb. " * 2)
     rows, rest = _ordinary_rows(tiny("llama"), path, 0)
     assert sum(map(len, rows)) > 1 and rest == "Ann keeps the light of Ebb. "
+
+
+def test_s_is_that_of_cases_that_have_all_its_parts():
+    half, other = {"es": 1.0, "ps": 1.0}, {"es": 1.0, "ns": 0.5}
+    assert "s" not in _means([half, other], 0)[0]
+    metrics, intervals = _means([half, half | other], 0)
+    assert metrics["s"] == pytest.approx(0.75) and intervals["s"] == [0.75, 0.75]
 
 
 def test_metrics_are_those_of_the_probes_likelihoods(tiny):

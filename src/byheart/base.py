@@ -87,6 +87,12 @@ class Base:
             self.model(input_ids=ids, use_cache=False)
         return kinds[0]
 
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model has; None where it does not say."""
+        found: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return found
+
     @cached_property
     def line_ends(self) -> frozenset[int]:
         """The tokens whose text holds a line break."""

@@ -132,6 +132,7 @@ class Stretch:
             hidden: what block ``first`` is given, where it is known: no block is computed then. Else those below are.
         """
         self.parts, self.first, self.last = base.parts, first, last
+        self.heads: int = getattr(base.model.config.get_text_config(), "num_attention_heads", 0)
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         found: list[Tensor] = []
         handles = []
@@ -183,6 +184,8 @@ class Stretch:
 
         def taken(value: Any) -> Any:
             if isinstance(value, Tensor):
+                if value.ndim == 3 and value.shape[1] == 1 and len(value) == count * self.heads:  # ALiBi's biases
+                    return value.reshape(count, -1, *value.shape[1:])[rows].flatten(0, 1)
                 return value[rows] if value.ndim and len(value) == count else value
             if isinstance(value, tuple):
                 return tuple(taken(one) for one in value)
@@ -193,7 +196,7 @@ class Stretch:
             return value
 
         other = object.__new__(type(self))
-        other.parts, other.first, other.last = self.parts, self.first, self.last
+        other.parts, other.first, other.last, other.heads = self.parts, self.first, self.last, self.heads
         other.hidden = self.hidden[rows]
         other._calls = {
             number: (taken(args), {name: taken(value) for name, value in kwargs.items()})

@@ -529,7 +529,7 @@ def slides(config: Any) -> bool:
 def _check_lengths(base: Base, work: _Work) -> None:
     if base.kind == "seq2seq":
         return
-    limit = getattr(base.model.config, "max_position_embeddings", None)
+    limit = base.positions
     longest = max(len(ids) + (past[-1].end if past else 0) for ids, past in zip(work.prompts, work.pasts, strict=True))
     needed = longest + max(work.max_new, work.longest_option(range(len(work.prompts))))
     if limit is not None and needed > limit:

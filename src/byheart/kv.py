@@ -87,7 +87,7 @@ def read(base: Base, rows: Sequence[Sequence[int]], head: KV | None = None, star
     if not rows:
         return []
     start = (0 if head is None else head.end) if start is None else start
-    limit, longest = getattr(base.model.config, "max_position_embeddings", None), max(map(len, rows))
+    limit, longest = base.positions, max(map(len, rows))
     if limit is not None and start + longest > limit:
         raise DataError(
             f"{base.name}: {longest} tokens from position {start} on need {start + longest} positions, the model has "
@@ -271,7 +271,7 @@ def _probe(base: Base) -> Tensor:
 
 
 def _reaches(base: Base, positions: int) -> bool:
-    limit = getattr(base.model.config, "max_position_embeddings", None)
+    limit = base.positions
     return limit is None or positions <= limit
 
 

@@ -85,7 +85,8 @@ def run_editing(
     for name in [UNEDITED, *edits]:
         method, report = None, LearnReport()
         if name != UNEDITED:
-            method, report = _learnt(name, base, cases, out, settings, show)
+            method = method_class(name)(base, settings, out)
+            report = _learn(method, cases, out, show)
         with _attached(method):
             rows[name] = score_cases(base, cases, settings.seed, plan.texts, show, name)
             after = perplexity(base, plan.rows) if plan.rows else None
@@ -120,18 +121,14 @@ def run_editing(
     return run
 
 
-def _learnt(
-    name: str, base: Base, cases: Sequence[Case], out: Path, settings: Settings, show: Silent
-) -> tuple[Method, LearnReport]:
+def _learn(method: Method, cases: Sequence[Case], out: Path, show: Silent) -> LearnReport:
     path = out / "edits.db"
     for old in out.glob("edits.db*"):
         old.unlink()
     with Ledger(path, create=True) as ledger:
         ledger.insert([case.fact for case in cases], source="benchmark")
-        method = method_class(name)(base, settings, out)
-        with show.bar(f"{name}: facts", len(cases)) as tick:
-            report = method.learn(ledger, tick)
-    return method, report
+        with show.bar(f"{method.name}: facts", len(cases)) as tick:
+            return method.learn(ledger, tick)
 
 
 def _attached(method: Method | None) -> AbstractContextManager[None]:
@@ -154,6 +151,7 @@ def _extras(
         batches = [list(cases[start : start + size]) for start in range(0, len(cases), size)]
         whole = [batch for batch in batches if len(batch) == size][: max(1, 50 // size)]
         if not whole:
+            show.say(f"no curve at {size} edits: there are {len(cases)}")
             continue
         entry["curve"].append({"edits": size} | _in_batches(name, base, whole, out, settings, plan, before, show))
     entry["sets"] = {}
@@ -168,8 +166,9 @@ def _in_batches(
     """Each batch learnt by itself and scored; the mean rise of perplexity over the first few."""
     rows: list[dict[str, Any]] = []
     rises = []
+    method = method_class(name)(base, settings, out)  # one for all: what depends on no fact is made once
     for number, batch in enumerate(batches):
-        method, _ = _learnt(name, base, batch, out, settings, show)
+        _learn(method, batch, out, show)
         with method.attached():
             rows += score_cases(base, batch, settings.seed, 0, show, name)
             if before is not None and number < 3:
@@ -273,14 +272,14 @@ def by_group(cases: Sequence[Case], rows: Sequence[dict[str, Any]], seed: int) -
 def _means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
     metrics, intervals = means(rows, seed)
     for parts in (("es", "ps", "ns"), ("efficacy", "paraphrase", "specificity")):
-        if all(name in metrics for name in parts):
+        if whole := [[row[name] for name in parts] for row in rows if set(parts) <= row.keys()]:
             metrics["s"] = harmonic_mean([metrics[name] for name in parts])
-            intervals["s"] = _s_interval(rows, parts, seed)
+            intervals["s"] = _s_interval(whole, seed)
     return metrics, intervals
 
 
-def _s_interval(rows: Sequence[dict[str, float]], parts: tuple[str, ...], seed: int) -> list[float]:
-    table = np.array([[row[name] for name in parts] for row in rows if set(parts) <= row.keys()])
+def _s_interval(rows: Sequence[Sequence[float]], seed: int) -> list[float]:
+    table = np.array(rows)
     generator = np.random.default_rng(seed)
     draws = [table[generator.integers(0, len(table), len(table))].mean(0) for _ in range(RESAMPLES // 10)]
     return [float(v) for v in np.quantile([harmonic_mean(draw.tolist()) for draw in draws], [0.025, 0.975])]

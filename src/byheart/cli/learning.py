@@ -204,8 +204,10 @@ def _follow(
             saved = time.monotonic()
             with Terminal().bar("follow: changes", len(changes)) as tick:
                 for change in changes:
+                    had = getattr(method, "skipped", {})
                     report = method.revise(change)
                     seconds += report.seconds
+                    notes += _newly_skipped(method, had)
                     notes += [f"{change.kind} {change.id}: {note}" for note in report.notes]
                     tick(1)
                     if time.monotonic() - saved > _SAVE_EVERY:
@@ -234,8 +236,11 @@ def _undo(
     ((method, _),) = _loaded([folder], base, device, dtype)
     if not isinstance(method, Edit):
         raise UsageError(f"{folder}: holds {method.name}, and only an edit's facts can be undone one by one")
+    had = method.skipped
     report = method.undo(facts)
     method.save_pretrained(folder)
+    for note in _newly_skipped(method, had):
+        print(note, file=sys.stderr)
     _show_report(report, folder, as_json, f"undone {', '.join(facts)}; left:", skipped={})
 
 
@@ -294,6 +299,12 @@ def _loaded(
     model = load_base(name, device=device, dtype=dtype, say=Terminal().say)
     for folder, card in zip(folders, cards, strict=True):
         yield method_class(card["method"]).from_pretrained(folder, model), model
+
+
+def _newly_skipped(method: Method, had: dict[str, str]) -> list[str]:
+    """Of rows that a method could not learn, or no longer holds, those of which that was not known."""
+    now: dict[str, str] = getattr(method, "skipped", {})
+    return [f"skipped {id}: {why}" for id, why in now.items() if had.get(id) != why]
 
 
 def _show_report(report: Any, out: Path, as_json: bool, sentence: str, skipped: dict[str, str]) -> None:

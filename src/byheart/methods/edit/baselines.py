@@ -65,7 +65,7 @@ class Baseline(ChangedWeights):
         began = time.perf_counter()
         chosen, skipped = choose_facts(facts, dt.date.today())
         texts = make_prefixes(self.base, self.prefixes, self.settings.seed) if self.prefixes else ()
-        prepared, more = prepare(self.base.tokenizer, chosen, texts)
+        prepared, more = prepare(self.base, chosen, texts)
         self.holding, self.skipped = list(facts), skipped | more
         self.facts = [one.fact for one in prepared]
         self.deltas = self._solve(prepared, progress) if prepared else {}

@@ -16,7 +16,7 @@ from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Stretch
 from byheart.decode import option_ids
-from byheart.errors import DataError
+from byheart.errors import DataError, UsageError
 from byheart.formats import read_objects
 from byheart.methods.contract import Progress, Settings, parse_options
 from byheart.methods.edit.baselines import Baseline
@@ -69,10 +69,13 @@ class Mend(Baseline):
         self.options = parse_options(MendOptions, self.name, settings.options)
         depth = len(base.parts.blocks)
         self.layers = range(max(0, depth - max(1, self.options.blocks)), depth)
+        if self.options.batch < 1:
+            raise UsageError(f"--set mend.batch={self.options.batch}: must be at least 1")
+        self._editor: _Editor | None = None
 
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
         with fast_attention(self.base.model):
-            editor = self._train()
+            self._editor = editor = self._editor or self._train()  # whatever the facts
             total: dict[int, Tensor] = {}
             texts = [_Text(prompt_text(one.fact), target_text(one.fact)) for one in prepared]
             for start in range(0, len(texts), _AT_ONCE):
@@ -227,6 +230,8 @@ def _zsre_rows(path: Path) -> list[tuple[_Text, _Text, _Text]]:
             raise DataError(f"{path}:{number}: src, alt, rephrase and loc must be texts")
         target = " " + row["alt"].strip()
         found.append((_Text(row["src"], target), _Text(row["rephrase"], target), _Text(row["loc"] + "?", "")))
+    if not found:
+        raise DataError(f"--set mend.train={path}: holds no rows")
     return found
 
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,6 +171,7 @@ class Edit(ChangedWeights):
         began, report = time.perf_counter(), LearnReport()
         if change.kind == "fact":
             kept = [fact for fact in self.holding if fact.id != change.id]
+            self.skipped = {id: why for id, why in self.skipped.items() if id != change.id}
             notes = self._follow([*kept, change.after] if isinstance(change.after, Fact) else kept)
             report = self._report(time.perf_counter() - began, notes)
         super().revise(change)
@@ -179,8 +180,9 @@ class Edit(ChangedWeights):
     def undo(self, ids: Sequence[str]) -> LearnReport:
         """Take facts out again.
 
-        No target is sought anew, but for facts that were written as one with an undone one (``merge``), and for those
-        that were held back by it; the report names the latter.
+        No target is sought anew, but for facts that were written as one with an undone one (``merge``) or after it, in
+        the model that had it (``sequence=accumulate``), and for those that were held back by it; the report names the
+        latter.
 
         Raises:
             DataError: where one of them was not written; nothing changes then.
@@ -212,6 +214,9 @@ class Edit(ChangedWeights):
             if self.options.sequence == "accumulate" and self.facts and known.keys() <= set(marks):
                 self._accumulate(list(new.values()), progress)
             else:
+                if self.options.sequence == "accumulate":  # what was sought in a model that was another is sought anew
+                    known = dict(takewhile(lambda item: item[0] in marks, known.items()))
+                    new = {mark: one for mark, one in zip(marks, prepared, strict=True) if mark not in known}
                 z = self._targets(list(new.values()), progress)
                 known |= zip(new, zip(z, self._unshifted(len(z)), strict=True), strict=True)
                 self.z = torch.stack([known[mark][0] for mark in marks]) if marks else self.z[:0]
@@ -279,7 +284,7 @@ class Edit(ChangedWeights):
             )  # fmt: skip
             self._earlier[store.name] = max(0.0, trained.seconds - (time.perf_counter() - began))
             shifts = shifts + found[groups]
-            written = self._write(prepared, z, shifts, past)
+            written = _as_kept(written.shifted(shifts, groups))
         return shifts, written
 
     def _to_settle(self, prepared: Sequence[Prepared], new: set[int]) -> list[int]:
@@ -319,14 +324,11 @@ class Edit(ChangedWeights):
         said, within = guard.drift_notes(standing, after, options.max_perplexity, options.max_neighbours)
         notes = (*guard.unsaid_notes(unsaid, len(self.facts)), said)
         if not within and options.gate == "rollback":
-            now = {fact.id: fact for fact in self.holding}
-            gone = {fact.id for fact in before["holding"] if now.get(fact.id) != fact}  # an outdated one, too
-            vars(self).update(before)
             refused = {fact.id: _REFUSED for fact in new}
-            if gone:  # what was taken out stays out; what that let in does not come in
-                held = {fact.id for fact in self.facts}
-                out = gone | (refused.keys() - held)
-                notes += self._follow([fact for fact in self.holding if fact.id not in out])
+            rest = [fact for fact in self.holding if fact.id not in refused]
+            vars(self).update(before)
+            if rest != self.holding:  # what was taken out stays out, and what waits goes on waiting
+                notes += self._follow(rest)
             self.skipped = self.skipped | refused
             notes += (f"past the gate's limits: {len(new)} facts rolled back",)
         elif not within:
@@ -341,7 +343,7 @@ class Edit(ChangedWeights):
         return guard.collision_notes(guard.collisions(facts, keys, factor, self._groups(facts)))
 
     def _prepare(self, facts: Sequence[Fact]) -> tuple[list[Prepared], dict[str, str]]:
-        return prepare(self.base.tokenizer, facts, self.prefixes, paraphrases=self.options.paraphrases)
+        return prepare(self.base, facts, self.prefixes, paraphrases=self.options.paraphrases)
 
     def _targets(self, prepared: Sequence[Prepared], progress: Progress, standing: Sequence[Any] = ()) -> Tensor:
         """Targets of facts, those that an earlier run left in the working folder, under their marks, among them.
@@ -356,8 +358,8 @@ class Edit(ChangedWeights):
         ]  # fmt: skip
         store = self.work / "edit" / f"{fingerprint(*made_with, *standing)}.safetensors"
         known = _read_tensors(store)
-        seconds = float(known.get("seconds", torch.zeros(1)))
-        self._earlier.setdefault(store.name, seconds)
+        taken = {mark: float(known.get(f"seconds {mark}", torch.zeros(1))) for mark in marks if mark in known}
+        self._earlier[store.name] = self._earlier.get(store.name, 0.0) + sum(taken.values())
         groups = self._groups([one.fact for one in prepared])
         missing: dict[int, list[int]] = {}
         for place, (mark, group) in enumerate(zip(marks, groups, strict=True)):
@@ -371,8 +373,9 @@ class Edit(ChangedWeights):
             began = time.perf_counter()
             some, of = [prepared[n] for n in places], [groups[n] for n in places]
             z = find_targets(self.base, some, self.layers[-1], self.options, of, progress).z
-            seconds += time.perf_counter() - began
-            known |= {marks[n]: row for n, row in zip(places, z, strict=True)} | {"seconds": torch.tensor([seconds])}
+            each = (time.perf_counter() - began) / len(places)
+            known |= {marks[n]: row for n, row in zip(places, z, strict=True)}
+            known |= {f"seconds {marks[n]}": torch.tensor([each]) for n in places}
             with replacing(store) as path:
                 save_file(known, path)
         return torch.stack([known[mark].to(self.z) for mark in marks]) if marks else self.z[:0]
@@ -380,16 +383,8 @@ class Edit(ChangedWeights):
     def _write(
         self, prepared: Sequence[Prepared], z: Tensor, shifts: Tensor, past: dict[int, Tensor] | None
     ) -> Written:
-        written = self._ready().write(prepared, z, self._groups([one.fact for one in prepared]), past, shifts)
-        # As they will be kept, so that what was saved and what was not give the same weights.
-        return replace(
-            written,
-            deltas={
-                n: (None if left is None else left.float(), right.float())
-                for n, (left, right) in written.deltas.items()
-            },
-            keys={layer: keys.float() for layer, keys in written.keys.items()},
-        )
+        groups = self._groups([one.fact for one in prepared])
+        return _as_kept(self._ready().write(prepared, z, groups, past).shifted(shifts, groups))
 
     def _ready(self) -> Writer:
         """The writer, with the base's second moments; made once."""
@@ -454,6 +449,12 @@ class Edit(ChangedWeights):
         self.text = record.get("text", [])
         self.names = record.get("names", [])
         self.keys = {layer: tensors[f"keys.{layer}"] for layer in record["layers"]}
+
+
+def _as_kept(written: Written) -> Written:
+    """As it will be kept, so that what was saved and what was not give the same weights."""
+    deltas = {n: (left if left is None else left.float(), right.float()) for n, (left, right) in written.deltas.items()}
+    return replace(written, deltas=deltas, keys={layer: keys.float() for layer, keys in written.keys.items()})
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

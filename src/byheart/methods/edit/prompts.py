@@ -85,13 +85,14 @@ def prompt_text(fact: Fact, prompt: str | None = None) -> str:
 
 
 def prepare(
-    tokenizer: Any, facts: Sequence[Fact], prefixes: Sequence[str], *, paraphrases: bool = False
+    base: Base, facts: Sequence[Fact], prefixes: Sequence[str], *, paraphrases: bool = False
 ) -> tuple[list[Prepared], dict[str, str]]:
     """Token rows for each fact, and by id why a fact has none.
 
     Args:
         paraphrases: also take the fact's own paraphrases that name the subject, as they are.
     """
+    tokenizer, limit = base.tokenizer, base.positions
     texts: list[str] = []
     ends: list[int] = []  # where the subject ends, in characters
     counts: list[int] = []
@@ -120,6 +121,9 @@ def prepare(
                 skipped[fact.id] = "the target has no tokens"
                 break
             rows.append(Row(tuple(ids[:lookup]), (*ids[lookup:], *labels[:-1]), labels))
+            if limit is not None and len(rows[-1].tokens) > limit:
+                skipped[fact.id] = f"longer than the model's {limit} positions"
+                break
         else:
             done.append(Prepared(fact, tuple(rows[:-1]), rows[-1]))
     return done, skipped

@@ -36,7 +36,7 @@ def sweep(base: Base, facts: Sequence[Fact], seed: int, show: Silent) -> tuple[i
     if not edits or not others:  # no two of them share a prompt
         edits, others = _swapped(common_facts())
     prefixes = make_prefixes(base, 4, seed)
-    prepared, _ = prepare(base.tokenizer, edits, prefixes[:2])
+    prepared, _ = prepare(base, edits, prefixes[:2])
     edits = [one.fact for one in prepared]
     depth = len(base.parts.blocks)
     ranges = sorted(

@@ -23,6 +23,8 @@ from byheart.parts import Parts
 # Tail tokens of a batch: enough for products at full speed, few enough that what the gradient needs stays near 1 GB
 # (on a graphics card: 2.7 GB at the peak of a run of SmolLM2-135M in float32; more of a larger model).
 BATCH_TOKENS = {"cpu": 512, "cuda": 8_192}
+# So many times that with padding, at most.
+_PADDED = 4
 Stop = Literal["fit", "loss", "argmax"]
 
 
@@ -104,8 +106,12 @@ def find_targets(
     )
     limit = for_device(BATCH_TOKENS, base.device)
     average = sum(sizes) / max(len(sizes), 1)
+    most = max((sum(len(_rows(prepared[n])) for n in some) for some in sets), default=0)
     with fast_attention(base.model):
-        for batch in batches(widths, lambda count, longest: count * average <= limit):
+        # By what facts have on average, and by what they come to once a long one among them pads all.
+        for batch in batches(
+            widths, lambda count, longest: count * average <= limit and count * most * longest <= _PADDED * limit
+        ):
             places = [n for one in batch for n in sets[one]]
             local = [number for number, one in enumerate(batch) for _ in sets[one]]
             z, loss, steps = _search(base, [prepared[n] for n in places], torch.tensor(local), layer, options)

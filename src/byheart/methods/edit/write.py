@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -58,12 +58,26 @@ class Written:
         keys: by layer, K (facts, d_ff), fp64.
         maps: by layer, A (facts, d_ff) with Δ = RᵀA for any residuals R, fp64; of groups where there are any.
         residuals: by layer, R (facts, d_model), fp64, or of groups: what is added at each key, shifts and all.
+        sought: the same without shifts, as the targets say.
     """
 
     deltas: Deltas = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     maps: dict[int, Tensor] = field(default_factory=dict)
     residuals: dict[int, Tensor] = field(default_factory=dict)
+    sought: dict[int, Tensor] = field(default_factory=dict)
+
+    def shifted(self, shifts: Tensor, groups: Sequence[int] | None = None) -> Written:
+        """The same keys and maps with residuals that are so much beyond what the targets say.
+
+        Args:
+            shifts: (facts, layers, d_model); of facts that are written as one their mean counts.
+        """
+        merge = _merger(groups, len(shifts))
+        by_layer = dict(zip(self.sought, shifts.unbind(1), strict=True))
+        residuals = {layer: sought + merge @ by_layer[layer].to(sought) for layer, sought in self.sought.items()}
+        deltas = {layer: _delta_of(one, self.maps[layer]) for layer, one in residuals.items()}
+        return replace(self, residuals=residuals, deltas=deltas)
 
 
 class Writer:
@@ -81,7 +95,6 @@ class Writer:
         z: Tensor,
         groups: Sequence[int] | None = None,
         past: dict[int, Tensor] | None = None,
-        shifts: Tensor | None = None,
     ) -> Written:
         """The changes after which the last layer's output at each fact's lookup token is near its target.
 
@@ -89,8 +102,6 @@ class Writer:
 
         Args:
             z: (facts, d_model), the targets.
-            shifts: (facts, layers, d_model), what residuals are to be beyond what the targets say. Keys are read as if
-                there were none, so that the maps they were settled for come out again.
             groups: facts of one group are written as one, with their mean key and mean residual (MEMIT-Merge).
             past: by layer, keys (facts, d_ff) whose values shall stay as they are.
         """
@@ -114,9 +125,8 @@ class Writer:
                 scatter = second - (merge @ keys[layer]).T @ (merge @ keys[layer]) if second is not None else None
                 into, residuals = self._map(layer, merge @ keys[layer], before, scatter), merge @ residuals
                 add_to(self.base.parts.blocks[layer].mlp_out, product(_delta_of(residuals, into)), attached)
-                if shifts is not None:
-                    residuals = residuals + merge @ shifts[:, place].to(residuals)
-                written.residuals[layer], written.maps[layer] = residuals, into
+                written.residuals[layer] = written.sought[layer] = residuals
+                written.maps[layer] = into
                 written.deltas[layer] = _delta_of(residuals, into)
         return written
 

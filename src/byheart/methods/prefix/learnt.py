@@ -475,5 +475,4 @@ class Learnt(Context):
         else:
             shown, _, _ = PromptFormat(tokenizer, self.form.examples or FORM_EXAMPLES).pieces("", ())
             ids = token_ids(tokenizer, shown, beginning=True)
-        limit = getattr(self.base.model.config, "max_position_embeddings", None) or _BEGIN
-        return kv.read(self.base, [ids[: min(_BEGIN, limit)]])[0]
+        return kv.read(self.base, [ids[: min(_BEGIN, self.base.positions or _BEGIN)]])[0]
