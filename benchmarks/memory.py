@@ -39,7 +39,7 @@ def main() -> None:
         work = Path(folder)
         with Ledger(work / "w.db", create=True) as ledger:
             import_files(ledger, [WORLD / "documents.jsonl", WORLD / "facts.jsonl", WORLD / "questions.jsonl"])
-            pieces, _ = to_learn(ledger, "doctemp", PromptFormat(base.tokenizer), 0, dt.date.today())
+            pieces, _ = to_learn(ledger, "doctemp", PromptFormat(base.tokenizer), 0, dt.date.today(), set())
         rows = packed(base.tokenizer, pieces, 0)
         torch.manual_seed(0)
         order = [torch.randperm(len(rows))[:BATCH].tolist() for _ in range(STEPS)]

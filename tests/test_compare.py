@@ -65,6 +65,50 @@ def test_an_example_is_found_whatever_the_lines_of_its_evidence_hold(tmp_path):
     assert before_after(tmp_path) == "Who? before: 'Bo', with memory: 'Ann'"
 
 
+def test_answers_are_those_of_the_ledger_as_it_was_learnt(tiny, world, tmp_path, monkeypatch):
+    base, settings = tiny("llama"), Settings(shots=0)
+    plain = method_class("closed").learn
+    compare(world, base, ["closed"], tmp_path, settings, limit=2)
+    marks = [json.loads((tmp_path / "answers" / "closed.jsonl").read_text().partition("\n")[0])]
+
+    def learn(self, ledger, progress=None):
+        report = plain(self, ledger)
+        ledger.insert([Question(id="late", question="Who came late?", answers=["Bo"], split="train")])
+        return report
+
+    with monkeypatch.context() as patch:  # the ledger goes on while something is learnt
+        patch.setattr(method_class("closed"), "learn", learn)
+        compare(world, base, ["closed"], tmp_path, settings, limit=2)
+    compare(world, base, ["closed"], tmp_path / "new", settings, limit=2)
+    for folder in (tmp_path, tmp_path / "new"):
+        marks.append(json.loads((folder / "answers" / "closed.jsonl").read_text().partition("\n")[0]))
+    before, during, after = marks
+    assert before == during != after
+
+
+def test_as_many_wrong_passages_as_others_show(tiny, world, minilm, tmp_path):
+    question = next(iter(world.questions(["test"])))
+    shown = {}
+    for k in (1, 3):
+        method = method_class("shuffled")(tiny("llama"), Settings(k=k, shots=0), tmp_path)
+        method.learn(world)
+        (shown[k],) = method.passages([question])
+    assert shown[3][0] == shown[1][0] and len({one.document for one in shown[3]}) == 3
+    assert not {one.document for one in shown[3]} & {*question.documents}
+
+
+def test_an_example_goes_once_it_is_measured(tiny, world, tmp_path):
+    method = method_class("closed")(tiny("llama"), Settings(shots=3), tmp_path)
+    method.learn(world)
+    first = method.form.examples[0].question
+    (row,) = [one for one in world.questions(["train"]) if one.question == first]
+    start = world.revision
+    world.revise(row.model_copy(update={"split": "test"}))
+    (change,) = world.history(since=start)
+    method.revise(change)
+    assert first not in {one.question for one in method.form.examples} and len(method.form.examples) == 2
+
+
 def test_a_skipped_question_is_counted_and_not_scored():
     questions = [ASK, ASK.model_copy(update={"id": "r"})]
     answers = [Answer("q", text="Tole", seconds=0.5), Answer("r", skipped="no document")]

@@ -9,7 +9,7 @@ import pytest
 
 from byheart.base import make_base
 from byheart.benchmarks.fever import LABELS, load_fever
-from byheart.benchmarks.fever_run import FRAME, Plan, claim_pieces, read_label, run_fever
+from byheart.benchmarks.fever_run import FRAME, Plan, _Kept, claim_pieces, read_label, run_fever
 from byheart.errors import DataError
 from byheart.fever_report import write_fever_report
 from byheart.methods import Settings
@@ -191,6 +191,22 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
     page = write_fever_report(tmp_path / "out").read_text()
     assert f"{run['cells'][0]['metrics']['accuracy']:.3f}" in page
     assert "supports against refutes" in page
+    # A page that is too long for the model to read costs its cell, and nothing else.
+    plain = _Kept.ask
+
+    def ask(self, *given, pages=False):
+        if pages and given[2] == 2:
+            raise DataError("too long")
+        return plain(self, *given, pages=pages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Kept, "ask", ask)
+        short = run_fever(fever, base, tmp_path / "out", Settings(shots=0, options=options), plan)
+    assert short["left_out"] == {f"page in the prompt, 2 shots, seed {seed}": "too long" for seed in (0, 1)}
+    assert [c for c in run["cells"] if c not in short["cells"]] == [
+        c for c in run["cells"] if (c["variant"], c["shots"]) == ("context", 2)
+    ]
+    write_fever_report(tmp_path / "out")
     # The second time nothing is asked: all answers are kept.
     monkeypatch.setattr("byheart.benchmarks.fever_run.complete", None)
     again = run_fever(fever, base, tmp_path / "out", Settings(shots=0, options=options), plan)

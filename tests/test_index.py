@@ -54,6 +54,17 @@ def test_removed_documents_are_not_found_and_replaced_ones_are_found_once(tmp_pa
     assert (again.search(a, 3)[1] == rows).all()
 
 
+def test_two_that_write_at_once_do_not_spoil_each_others_vectors(tmp_path):
+    one, other = Index(tmp_path / "i", CARD, "288/64", create=True), Index(tmp_path / "i", CARD, "288/64")
+    there = vectors(3)
+    one.change(passages=passages("a", 3), vectors=there)
+    with pytest.raises(DataError, match="another run writes there"):
+        other.change(passages=passages("b", 1), vectors=vectors(1))
+    one.change(passages=passages("c", 1), vectors=there[:1])
+    again = Index(tmp_path / "i", CARD, "288/64")
+    assert np.allclose(again._vectors, [*there, there[0]]) and again.documents == 2
+
+
 def test_vectors_without_rows_do_not_count_and_missing_ones_are_noticed(tmp_path):
     index = Index(tmp_path / "i", CARD, "288/64", create=True)
     index.change(passages=passages("a", 3), vectors=vectors(3))

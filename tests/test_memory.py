@@ -292,6 +292,23 @@ def test_a_card_that_is_not_ours_is_named(base, tmp_path, broken):
             next(learning._loaded([tmp_path / "kept"], None, None, None))
 
 
+def test_what_was_learnt_in_eight_bits_is_loaded_in_eight_bits(base, tmp_path, monkeypatch):
+    from byheart.cli import learning
+
+    method = memory(base, tmp_path, epochs=1)
+    method.learn(ledger_of(tmp_path))
+    method.save_pretrained(tmp_path / "kept")
+    card = read_card(tmp_path / "kept" / "byheart.json")
+    assert card["base"]["packed"] is False
+    loaded = []
+    monkeypatch.setattr("byheart.base.load_base", lambda name, **given: loaded.append((name, given["dtype"])) or base)
+    list(learning._loaded([tmp_path / "kept"], None, None, None))
+    write_json(tmp_path / "kept" / "byheart.json", card | {"base": card["base"] | {"packed": True}})
+    for dtype in (None, "float32"):
+        list(learning._loaded([tmp_path / "kept"], None, None, dtype))
+    assert loaded == [("tiny", None), ("tiny", "int8"), ("tiny", "float32")]
+
+
 def test_following_is_kept_as_it_goes(base, tmp_path, monkeypatch):
     from byheart.cli import learning
 
@@ -696,6 +713,19 @@ def test_facts_begin_and_cease_to_hold_with_time(base, tmp_path, monkeypatch):
     (change,) = ledger.history(since=stand)
     method.revise(change)
     assert learnt() == {"fact/soon", "fact/other"}
+
+
+def test_long_questions_do_not_keep_rows_open_for_ever(base, monkeypatch):
+    from byheart.methods.memory import examples as module
+
+    monkeypatch.setattr(module, "_OPEN", 3)
+    pieces = [Piece(owner=f"question/{n}", kind="question", lead="who " * 300, answer=" so") for n in range(9)]
+    taken = []
+    rows = module._apart((taken.append(one) or one for one in pieces), 6)
+    assert next(rows) == pieces[:1] and len(taken) == 4  # and not once all have been looked at
+    assert [one for row in rows for one in row] == pieces[1:]
+    short = [Piece(owner=f"question/{n}", kind="question", lead="who", answer=" so") for n in range(12)]
+    assert [len(row) for row in module._apart(short, 6)] == [6, 6]
 
 
 def test_pages_are_seen_as_often_as_told(base, tmp_path, monkeypatch):

@@ -686,6 +686,17 @@ def test_answer_loss_is_that_of_one_row_at_a_time(tiny, family):
     assert all(float(one.grad.abs().max()) > 0 for one in columns.values)
 
 
+def test_a_window_looks_back_over_no_padding(tokenizer, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "mistral", FAMILIES["mistral"] | {"sliding_window": 16})
+    base = make_base("mistral", tiny_model("mistral", len(tokenizer)), tokenizer)
+    columns = shared(kv.read(base, [[5, 6, 7]])[0], 2)
+    pasts = [kv.read(base, [list(range(10, 10 + n))], start=3)[0] for n in (4, 20)]
+    samples = [Sample((past,), (8, 9), (11, 12), past.end) for past in pasts]
+    together, _ = answer_logits(base, columns, samples)
+    alone = [answer_logits(base, [(k[:1], v[:1]) for k, v in columns], [one])[0] for one in samples]
+    assert close(together, torch.cat(alone))
+
+
 def test_an_example_is_not_asked(tiny, small, tmp_path):
     small.insert([Question(id="t", question=ASKED[0], answers=["Vell"], documents=["d2"], split="train")])
     method = Prefix(tiny("llama"), Settings(shots=1), tmp_path)
@@ -698,6 +709,9 @@ def test_a_chat_template_stands_around_the_pieces(tokenizer):
     try:
         head, _, tail = PromptFormat(tokenizer, chat=True).pieces("who", ())
         assert head == "<u>" and tail.endswith("Answer:</u><a>")
+        # White space at the ends is not the text's own; without examples it begins with some.
+        tokenizer.chat_template = "<u>{{ messages[0]['content'] | trim }}</u><a>"
+        assert PromptFormat(tokenizer, chat=True).pieces("who", ()) == (head, [], tail)
         tokenizer.chat_template = "<u>{{ messages[0]['content'] | upper }}</u><a>"
         with pytest.raises(UsageError, match="--chat"):
             PromptFormat(tokenizer, chat=True).pieces("who", ())

@@ -34,9 +34,9 @@ def ledger(tmp_path):
     made = Ledger(tmp_path / "small.db", create=True)
     made.insert(Document(id=name, title=f"Page {name}", text=text) for name, text in PAGES.items())
     made.insert(
-        Question(id=f"{split}{n}", question=text, answers=[answer], documents=[page], split=split)
+        Question(id=f"{split}{n}", question=how + text, answers=[answer], documents=[page], split=split)
         for n, (text, answer, page) in enumerate(ASKED)
-        for split in ("train", "validation")
+        for split, how in (("train", ""), ("validation", "Say: "))
     )
     return made
 

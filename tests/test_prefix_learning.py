@@ -437,9 +437,29 @@ def test_hard_questions_count_more(tiny, ledger, tmp_path):
     assert [float(x) for x in tuning.of_lessons(each, [one, Lesson((), (5,), (6,))])] == [3, 4]
 
 
+def test_what_is_measured_in_the_same_words_is_not_learnt(tiny, ledger, tmp_path, monkeypatch):
+    base = tiny("llama")
+    ledger.insert([Question(id="asked", question=ASKED[0][0].upper().replace("?", " ?!"), answers=["x"], split="test")])
+    found, left_out = tuning.to_learn_from(ledger, prefix(base, tmp_path).form)
+    assert ASKED[0][0] not in {one.question for one in found} and left_out["is measured in the same words"] == 1
+    said = [(ASKED[0][0], "1931"), ("When did the lamp burn?", "1931")]
+    monkeypatch.setattr(
+        learnt, "ask_itself", lambda base, form, passages, count, seed: [(passages[0], *one) for one in said]
+    )
+    seen, plain = [], learnt.lesson
+    monkeypatch.setattr(
+        learnt, "lesson", lambda base, form, one, *rest: seen.append(one.question) or plain(base, form, one, *rest)
+    )
+    prefix(base, tmp_path / "study", slots=2, epochs=1, study=1).learn(ledger)
+    assert set(seen) == {"When did the lamp burn?"}
+
+
 def test_the_controls_have_the_same_columns_and_other_passages(tiny, ledger, tmp_path):
     base = tiny("llama")
-    asked = [Question(id=f"a{n}", question=q, answers=[a], documents=[page]) for n, (q, a, page, _) in enumerate(ASKED)]
+    asked = [
+        Question(id=f"a{n}", question=f"Say: {q}", answers=[a], documents=[page])
+        for n, (q, a, page, _) in enumerate(ASKED)
+    ]
     ledger.insert(asked)
     found = {}
     for name in ("prefix", "prefix-gold", "prefix-shuffled"):
@@ -455,6 +475,7 @@ def test_the_controls_have_the_same_columns_and_other_passages(tiny, ledger, tmp
     for question, right, wrong in zip(asked, gold[1], shuffled[1], strict=True):
         assert [one.document for one in right.evidence] == question.documents
         assert [one.document for one in wrong.evidence] != question.documents
+        assert right.ranked is None and wrong.ranked is None  # nothing was searched for
     with pytest.raises(UsageError, match="cannot be kept"):
         gold[0].save_pretrained(tmp_path / "saved")
     none = Settings(shots=0, options={"prefix.slots": "4", "prefix.passages": "none"})

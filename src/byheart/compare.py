@@ -22,6 +22,7 @@ import torch
 from byheart import __version__
 from byheart.answer import answer_all
 from byheart.base import Base
+from byheart.decode import end_tokens
 from byheart.errors import DataError
 from byheart.judges import Judge
 from byheart.ledger import Ledger
@@ -102,7 +103,9 @@ def compare(
             report = method.learn(ledger, tick)
         mark = fingerprint(
             name, base.hash, str(base.dtype), base.device.type, shared, encoder_record(method),
-            ledger.mark(), __version__, made_with(method), getattr(method, "digest", ""),
+            sorted(end_tokens(base)),
+            # Of the ledger as it was learnt: it may have gone on since.
+            getattr(method, "stand", ledger.stand), __version__, made_with(method), getattr(method, "digest", ""),
         )  # fmt: skip
         with show.bar(f"{name}: questions", len(questions)) as tick:
             answers[name] = answer_all(method, questions, out / "answers" / f"{name}.jsonl", mark, on_done=tick)

@@ -77,7 +77,7 @@ class Index:
             raise DataError(f"{path / 'manifest.json'}: not what byheart writes there") from None
 
     def _load(self) -> None:
-        self.rows = cast(int, self._db.execute("SELECT coalesce(max(row), -1) + 1 FROM passages").fetchone()[0])
+        self.rows = self._rows_there()
         needed = self.rows * self.dim * 4
         if self._vectors_path.stat().st_size < needed:
             raise DataError(
@@ -91,6 +91,9 @@ class Index:
             if self.rows
             else np.empty((0, self.dim), dtype=np.float32)
         )
+
+    def _rows_there(self) -> int:
+        return cast(int, self._db.execute("SELECT coalesce(max(row), -1) + 1 FROM passages").fetchone()[0])
 
     def __len__(self) -> int:
         """How many passages can be found."""
@@ -124,16 +127,18 @@ class Index:
 
         One transaction: after a kill all of it holds, or none. Replacing a document is removing and adding it.
         """
-        if passages:
-            assert vectors is not None and vectors.shape == (len(passages), self.dim)
-            with self._vectors_path.open("r+b") as stream:
-                stream.truncate(self.rows * self.dim * 4)
-                stream.seek(0, os.SEEK_END)
-                stream.write(np.ascontiguousarray(vectors, dtype=np.float32).tobytes())
-                stream.flush()
-                os.fsync(stream.fileno())
         self._db.execute("BEGIN IMMEDIATE")
         try:
+            if self._rows_there() != self.rows:
+                raise DataError(f"{self.path}: another run writes there; wait for it, or name another folder")
+            if passages:
+                assert vectors is not None and vectors.shape == (len(passages), self.dim)
+                with self._vectors_path.open("r+b") as stream:
+                    stream.truncate(self.rows * self.dim * 4)
+                    stream.seek(0, os.SEEK_END)
+                    stream.write(np.ascontiguousarray(vectors, dtype=np.float32).tobytes())
+                    stream.flush()
+                    os.fsync(stream.fileno())
             self._db.executemany("UPDATE passages SET live = 0 WHERE document = ?", [(one,) for one in remove])
             self._db.executemany(
                 "INSERT INTO passages (row, document, start, end, title, text) VALUES (?, ?, ?, ?, ?, ?)",

@@ -109,7 +109,9 @@ class PromptFormat:
         tail = _BETWEEN + _asked(question, choices)
         if not self._chat:
             return head, blocks, tail
-        before, found, after = self._templated(text := head + "".join(blocks) + tail).partition(text)
+        # Some templates take the white space off that a text without examples begins with.
+        text = (head + "".join(blocks) + tail).removeprefix(_BETWEEN)
+        before, found, after = self._templated(text).partition(text)
         if not found:
             raise UsageError("--chat: the model's chat template does not keep a text as it is")
         return before + head, blocks, tail + after

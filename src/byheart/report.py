@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byheart.errors import DataError
+from byheart.methods import CONTROLS
 from byheart.storage import read_card, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_CONTROLS = ("closed", "context", "gold", "shuffled")
 # Questions shown side by side in the page; more would make it too heavy to open. answers.jsonl holds them all.
 MAX_SHOWN = 2_000
 _COLOURS = ("#2f6fde", "#d9742b", "#2a9d72", "#9b59b6", "#c0392b", "#7f8c8d", "#b8860b", "#16a2b8")
@@ -89,7 +89,7 @@ def before_after(folder: Path) -> str | None:
         for row in map(json.loads, lines):
             if row["method"] == "closed":
                 before[row["question"]] = row
-            elif row["method"] not in _CONTROLS and row["metrics"].get("em") == 1 and row["answers"]:
+            elif row["method"] not in CONTROLS and row["metrics"].get("em") == 1 and row["answers"]:
                 old = before.get(row["question"])
                 if old is not None and old["metrics"].get("em") == 0:
                     return f"{row['question_text']} before: {old['text']!r}, with {row['method']}: {row['text']!r}"

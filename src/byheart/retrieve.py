@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,10 @@ class Retriever:
     def __init__(self, index: Index, encoder: Encoder, mode: Mode = "hybrid", turn: Turn | None = None) -> None:
         """Take an index, the encoder that it was made with, and what question vectors are put through, if anything."""
         self.index, self.encoder, self.mode, self.turn = index, encoder, mode, turn
-        self._lexical = Lexical(index) if mode != "dense" else None
+
+    @cached_property
+    def _lexical(self) -> Lexical:
+        return Lexical(self.index)  # not before the first search: an index that follows its ledger may change often
 
     def retrieve(self, questions: Sequence[str], k: int) -> list[list[Passage]]:
         """The ``k`` best passages for each question, best first.
@@ -65,7 +69,7 @@ class Retriever:
             vectors = self.encoder.encode(questions)
             scores, rows = self.index.search(vectors if self.turn is None else self.turn(vectors), pool)
             dense = [dict(zip(r.tolist(), s.tolist(), strict=True)) for r, s in zip(rows, scores, strict=True)]
-        if self._lexical is None:
+        if self.mode == "dense":
             return [list(hits.items()) for hits in dense]
         lexical = self._lexical.search(questions, pool)
         if self.mode == "bm25":

@@ -16,6 +16,7 @@ from byheart.base import Base
 from byheart.benchmarks.fever import LABELS, Claim, Fever
 from byheart.compare import means, run_record
 from byheart.decode import Job, complete
+from byheart.errors import DataError
 from byheart.methods import Settings
 from byheart.methods.memory.examples import Frame, Piece
 from byheart.methods.memory.method import Memory
@@ -115,7 +116,11 @@ def run_fever(
         if plan.context:
             for shots in plan.shots:
                 label = f"page in the prompt, {shots} shots, seed {seed}"
-                answers["context", shots, seed] = kept.ask(fever, asked, shots, seed, show, label, pages=True)
+                try:
+                    answers["context", shots, seed] = kept.ask(fever, asked, shots, seed, show, label, pages=True)
+                except DataError as error:  # as many pages as that can be longer than the model reads
+                    run.setdefault("left_out", {})[label] = str(error)
+                    show.say(f"left out: {label}: {error}")
     run["cells"] = _cells(answers, asked, settings.seed)
     run["pairs"] = _pairs(answers, asked, run["controls"]["claim_only"]["given"], settings.seed)
     write_json(out / "run.json", run)

@@ -30,6 +30,7 @@ from byheart.cli.options import (
     Segment,
     Shots,
     WithBertScore,
+    check_used,
     make_settings,
     parse_method_names,
     parse_method_options,
@@ -73,7 +74,7 @@ def _bench_nq(
     from byheart.benchmarks.openqa import nq
 
     settings = make_settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
-    names = parse_method_names(methods)
+    names = parse_method_names(methods, options)
     _bench(nq(data, corpus), base, names, out, settings, split, limit, (bertscore, bleurt), device, dtype, as_json)
 
 
@@ -105,7 +106,7 @@ def _bench_triviaqa(
     from byheart.benchmarks.openqa import triviaqa
 
     settings = make_settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
-    names = parse_method_names(methods)
+    names = parse_method_names(methods, options)
     _bench(
         triviaqa(data, corpus), base, names, out, settings, split, limit, (bertscore, bleurt), device, dtype, as_json
     )
@@ -257,7 +258,10 @@ def _bench_fever(
     if split not in ("claim", "page"):
         raise UsageError(f"--split {split}: must be claim or page")
     _check_text(text)
-    parse_method_options(options or [])  # what is wrong with them is said before anything is loaded
+    for key in parse_method_options(options or []):  # what is wrong with them is said before anything is loaded
+        if key in ("memory.learn", "memory.study", "memory.wordings"):
+            raise UsageError(f"--set {key}: --memory says what is learnt here")
+    check_used(options, ["memory"])
     fever = load_fever(data, top=pages, how=split, seed=seed, limit=limit)  # type: ignore[arg-type]
     model = load_base(base, device=device, dtype=dtype)
     out.mkdir(parents=True, exist_ok=True)
@@ -309,7 +313,7 @@ def _edit_bench(
     from byheart.methods.edit.layers import traced_path
     from byheart.progress import Terminal
 
-    names = parse_method_names(methods)
+    names = parse_method_names(methods, options)
     for name in names:
         if name not in ("edit", *BASELINES):
             raise UsageError(f"--methods {name}: edits nothing; the unedited model is always scored beside the others")

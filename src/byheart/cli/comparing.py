@@ -68,7 +68,7 @@ def _compare(
     from byheart.ledger import Ledger
 
     settings = make_settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
-    names, splits = parse_method_names(methods), parse_splits(split)
+    names, splits = parse_method_names(methods, options), parse_splits(split)
     with Ledger(ledger) as opened:
         judged = (bertscore, bleurt)
         run_comparison(opened, base, names, out, settings, splits, limit, judged, device, dtype, as_json, {})

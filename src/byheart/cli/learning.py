@@ -28,6 +28,7 @@ from byheart.cli.options import (
     Seed,
     Segment,
     Shots,
+    check_used,
     emit,
     make_settings,
 )
@@ -88,6 +89,7 @@ def _learn(
     elif method == "edit":
         options = ["edit.gate=warn", *(options or [])]
     settings = make_settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
+    check_used(options, [method])
     check_replaceable(out, "byheart.json")
     show = Terminal()
     with Ledger(ledger) as opened:
@@ -294,9 +296,10 @@ def _loaded(
     cards = [read_card(folder / "byheart.json", "method", "base") for folder in folders]
     try:
         name = base or str(cards[0]["base"]["name"])
-    except (KeyError, TypeError):
+        packed = bool(cards[0]["base"].get("packed"))
+    except (KeyError, TypeError, AttributeError):
         raise DataError(f"{folders[0] / 'byheart.json'}: does not name its base; give --base") from None
-    model = load_base(name, device=device, dtype=dtype, say=Terminal().say)
+    model = load_base(name, device=device, dtype=dtype or ("int8" if packed else None), say=Terminal().say)
     for folder, card in zip(folders, cards, strict=True):
         yield method_class(card["method"]).from_pretrained(folder, model), model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -147,7 +148,8 @@ def _import(ledger: Path, files: list[Path], action: Any, source: str | None, sk
             report = import_files(opened, files, action=action, source=source, skip_bad=skip_bad)
     except BaseException:
         if not there:  # nothing came in, and an empty ledger was not asked for
-            ledger.unlink(missing_ok=True)
+            with suppress(OSError):
+                ledger.unlink()
         raise
     if report.bad:
         print(describe_bad(report), file=sys.stderr)

@@ -83,6 +83,23 @@ def parse_method_options(given: list[str]) -> dict[str, str]:
     return found
 
 
+def check_used(options: list[str] | None, names: Iterable[str]) -> None:
+    """Refuse options of methods that a command does not ask, or that have none: they would silently do nothing.
+
+    Args:
+        names: of the methods; a control of a method takes the options of that method.
+    """
+    from byheart.methods import CONTROLS
+
+    named = list(names)
+    for text in options or []:
+        method = text.partition(".")[0]
+        if method in CONTROLS:
+            raise UsageError(f"--set {text}: {method} has no options")
+        if method not in named and not (method == "prefix" and {"prefix-gold", "prefix-shuffled"} & {*named}):
+            raise UsageError(f"--set {text}: {method} is not among the methods ({', '.join(named)})")
+
+
 def parse_mode(name: str) -> Any:
     """A retriever by its name."""
     from byheart.retrieve import MODES
@@ -92,11 +109,13 @@ def parse_mode(name: str) -> Any:
     return name
 
 
-def parse_method_names(text: str) -> list[str]:
-    """``--methods`` as names."""
+def parse_method_names(text: str, options: list[str] | None = None) -> list[str]:
+    """``--methods`` as names; ``options`` of others are refused."""
     from byheart.methods import parse_methods
 
-    return parse_methods(text)
+    names = parse_methods(text)
+    check_used(options, names)
+    return names
 
 
 def parse_splits(text: str) -> list[Any]:

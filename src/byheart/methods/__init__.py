@@ -24,12 +24,24 @@ METHODS = {
     "rome": "byheart.methods.edit.baselines:Rome",
     "mend": "byheart.methods.edit.mend:Mend",
 }
+# What every gain is held against; none of them has options of its own.
+CONTROLS = ("closed", "context", "gold", "shuffled")
 # Other ways to edit, to hold `edit` against.
 BASELINES = ("ft", "ft-w", "rome", "mend")
 # What "all" leaves out.
 _ON_REQUEST = (*BASELINES, "prefix-gold", "prefix-shuffled")
 
-__all__ = ["BASELINES", "METHODS", "Answer", "LearnReport", "Method", "Settings", "method_class", "parse_methods"]
+__all__ = [
+    "BASELINES",
+    "CONTROLS",
+    "METHODS",
+    "Answer",
+    "LearnReport",
+    "Method",
+    "Settings",
+    "method_class",
+    "parse_methods",
+]
 
 
 def method_class(name: str) -> type[Method]:

@@ -68,10 +68,10 @@ class _Control:
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Draw the examples; nothing is written into the model."""
-        shots, seed = self.settings.shots, self.settings.seed
+        shots, seed, stand = self.settings.shots, self.settings.seed, ledger.stand
         chosen = choose_examples(ledger, shots, seed, self.encoder.splitter) if shots else []
         self.form = PromptFormat(self.base.tokenizer, chosen, chat=self.settings.chat)
-        self.stand = ledger.stand
+        self.stand = stand
         return LearnReport()
 
     def revise(self, change: Change) -> LearnReport:
@@ -129,7 +129,7 @@ class _Control:
             {
                 "byheart": __version__,
                 "method": self.name,
-                "base": {"name": self.base.name, "hash": self.base.hash},
+                "base": {"name": self.base.name, "hash": self.base.hash, "packed": self.base.packed},
                 "encoder": None if self.used_encoder is None else self.used_encoder.to_dict(),
                 "settings": self.settings.to_dict(),
                 "examples": examples,
@@ -255,12 +255,12 @@ class Gold(_Control):
 
 
 class Shuffled(Gold):
-    """A wrong passage in the prompt: what a passage changes by being there, whatever it says."""
+    """Wrong passages in the prompt, as many as others show: what they change by being there, whatever they say."""
 
     name = "shuffled"
 
     def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
-        """A window of another document of the ledger that holds none of the question's answers.
+        """Windows of ``k`` other documents of the ledger that hold none of the question's answers.
 
         Drawn by the seed and the question's id, so it does not depend on which questions are asked together.
         """
@@ -268,22 +268,29 @@ class Shuffled(Gold):
 
     def _wrong(self, question: Question) -> Sequence[Passage] | str:
         draw = random.Random(f"{self.settings.seed}/{question.id}")
-        for _ in range(_DRAWS):
+        found: dict[str, Passage] = {}
+        for _ in range(_DRAWS * self.settings.k):
             document = self._ledger.document_from(draw.random())
-            if document is None or document.id in question.documents:
+            if document is None or document.id in (*question.documents, *found):
                 continue
             elsewhere = question.model_copy(update={"documents": [document.id], "facts": []})
-            passages = gold_passages(self._ledger, elsewhere, self.encoder.splitter, self.settings.segment)
-            if not contains(searchable(passages[0]), question.answers):
-                return passages
-        return "the ledger has no passage without its answer"
+            (passage, *_) = gold_passages(self._ledger, elsewhere, self.encoder.splitter, self.settings.segment)
+            if not contains(searchable(passage), question.answers):
+                found[document.id] = passage
+            if len(found) == self.settings.k:
+                break
+        return list(found.values()) or "the ledger has no passage without its answer"
 
 
 def _taken_back(example: Example, change: Change) -> bool:
     """Whether a prompt's example shows what a change removed."""
     before, after = change.before, change.after
     if isinstance(before, Question):
-        gone = not isinstance(after, Question) or (after.question, after.answers) != (before.question, before.answers)
+        gone = (
+            not isinstance(after, Question)
+            or after.split != "train"
+            or (after.question, after.answers) != (before.question, before.answers)
+        )
         return gone and normalize(example.question) == normalize(before.question)
     shown = example.passage
     if not isinstance(before, Document) or shown is None or shown.document != before.id:

@@ -1,11 +1,14 @@
-"""Which facts can be learnt, and why the others cannot: the same for every method that learns from facts."""
+"""Which facts and questions may be learnt, and why others may not: the same for every method that learns from them."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable
 
+from byheart.ledger import Ledger
+from byheart.prompt import as_sentence
 from byheart.rows import Fact
+from byheart.score import normalize
 
 
 def choose_facts(facts: Iterable[Fact], today: dt.date | None = None) -> tuple[list[Fact], dict[str, str]]:
@@ -36,3 +39,13 @@ def choose_facts(facts: Iterable[Fact], today: dt.date | None = None) -> tuple[l
         kept.append(same[0])
         skipped |= {fact.id: f"the same as {same[0].id}" for fact in same[1:]}
     return kept, skipped
+
+
+def as_measured(question: str) -> str:
+    """A question's words, without case and marks: what tells whether two are the same."""
+    return normalize(as_sentence(question))
+
+
+def to_measure(ledger: Ledger) -> set[str]:
+    """The words of the questions that answers are measured on, as :func:`as_measured` gives them."""
+    return {as_measured(question.question) for question in ledger.questions(["validation", "test"])}

@@ -14,12 +14,11 @@ from pydantic import BaseModel, ConfigDict
 
 from byheart.decode import option_ids
 from byheart.ledger import Ledger
-from byheart.methods.facts import choose_facts
+from byheart.methods.facts import as_measured, choose_facts
 from byheart.methods.memory.states import Row
-from byheart.prompt import PromptFormat, as_sentence
+from byheart.prompt import PromptFormat
 from byheart.rows import SUBJECT_PLACE, Document, Kind, Question
 from byheart.rows import Row as LedgerRow
-from byheart.score import normalize
 
 What = Literal["doc", "temp", "doctemp"]
 # Tokens of a page's piece; longer pages become several.
@@ -28,6 +27,8 @@ PAGE_TOKENS = 256
 PACK = 6
 # Characters that such a sequence ends at, and tokens that any row is cut at.
 _ROW_TEXT, _ROW_TOKENS = 2_000, 1_024
+# Sequences that still have room, while others are filled.
+_OPEN = 256
 # Of a page's title.
 _TITLE_TOKENS = 64
 # Tokens that must follow each other in two versions of a page to be the same text.
@@ -104,16 +105,6 @@ def _asked(
     return Piece(owner=owner, kind="question", lead=lead, answer=form.continuation(said), facts=facts)
 
 
-def as_measured(question: str) -> str:
-    """A question's words, without case and marks: what tells whether two are the same."""
-    return normalize(as_sentence(question))
-
-
-def to_measure(ledger: Ledger) -> set[str]:
-    """The words of the questions that answers are measured on, as :func:`as_measured` gives them."""
-    return {as_measured(question.question) for question in ledger.questions(["validation", "test"])}
-
-
 def question_forms(text: str) -> list[str]:
     """Questions (in English) that ask for what ``text``, the beginning of a statement, would go on with."""
     if text.endswith("?"):
@@ -180,6 +171,8 @@ def _apart(pieces: Sequence[Piece], pack: int) -> Iterator[list[Piece]]:
         if len(place) >= pack:
             open_rows.remove(place)
             yield place
+        elif len(open_rows) > _OPEN:  # long questions fill no row, and each would be looked at again for every other
+            yield open_rows.pop(0)
     yield from open_rows
 
 

@@ -23,13 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from byheart import __version__
 from byheart.base import Base
 from byheart.errors import DataError, UsageError, first_line
 from byheart.formats import read_objects
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.controls import Closed
-from byheart.methods.facts import choose_facts
+from byheart.methods.facts import as_measured, choose_facts, to_measure
 from byheart.methods.memory.adapter import Place, attached, make_adapters
 from byheart.methods.memory.examples import (
     PACK,
@@ -37,13 +38,11 @@ from byheart.methods.memory.examples import (
     Frame,
     Piece,
     What,
-    as_measured,
     owner_of,
     packed,
     pieces_of,
     taken_out,
     to_learn,
-    to_measure,
 )
 from byheart.methods.memory.states import Row, States, Upper, keep_states
 from byheart.methods.memory.study import study
@@ -142,10 +141,12 @@ class Memory(Closed):
         pieces, self.skipped = to_learn(
             ledger, options.learn, self._asking(), options.wordings, dt.date.today(), self.measured
         )
+        began = time.perf_counter()
         pieces += self._studied(ledger.documents())
+        studied = time.perf_counter() - began
         documents = len({piece.owner for piece in pieces if piece.kind == "page"})
         trained, notes = self.train(pieces, progress, documents)
-        return self._report(trained.seconds, documents, notes)
+        return self._report(studied + trained.seconds, documents, notes)
 
     def revise(self, change: Change) -> LearnReport:
         """Go on from what is learnt (:meth:`_revised`), then in the ledger's history: all of it or nothing."""
@@ -232,7 +233,14 @@ class Memory(Closed):
 
         made_with = asdict(options) | {"text": self.ordinary, "loss": "a mean of rows' means"}
         mark = fingerprint(
-            self.base.hash, str(self.base.dtype), self.base.device.type, made_with, self.blocks, seed, several
+            __version__,
+            self.base.hash,
+            str(self.base.dtype),
+            self.base.device.type,
+            made_with,
+            self.blocks,
+            seed,
+            several,
         )
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         trained = train(
@@ -414,7 +422,7 @@ class Memory(Closed):
         seed, asking = self.settings.seed, self._asking()
         form = (self.form.examples, asking.prompt(""), self.settings.chat)
         made_with = (options.study, seed, sorted(self.measured))
-        mark = fingerprint(self.base.hash, str(self.base.dtype), form, passages, made_with)
+        mark = fingerprint(__version__, self.base.hash, str(self.base.dtype), form, passages, made_with)
         lots = [passages[n : n + _AT_ONCE] for n in range(0, len(passages), _AT_ONCE)]
 
         def make(some: Sequence[list[Passage]]) -> list[list[dict[str, Any]]]:

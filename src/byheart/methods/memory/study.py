@@ -6,7 +6,8 @@ from collections.abc import Container, Iterator, Sequence
 
 from byheart.base import Base
 from byheart.decode import Job, Sampling, complete
-from byheart.methods.memory.examples import Piece, as_measured, owner_of
+from byheart.methods.facts import as_measured
+from byheart.methods.memory.examples import Piece, owner_of
 from byheart.methods.study import TOP_K, ask_itself
 from byheart.prompt import PromptFormat
 from byheart.score import token_f1

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Frozen
+from byheart.decode import slides
 from byheart.kv import KV, length
 from byheart.padding import right_padded
 
@@ -95,6 +96,13 @@ def answer_logits(base: Base, first: Columns, samples: Sequence[Sample]) -> tupl
     Args:
         first: columns before each sample's own past, with gradients where they have some.
     """
+    # A sliding window would count the padding between the first columns and a shorter past.
+    if slides(base.model.config) and len({length(sample.past) for sample in samples}) > 1:
+        alone = [
+            answer_logits(base, [(key[n : n + 1], value[n : n + 1]) for key, value in first], [sample])
+            for n, sample in enumerate(samples)
+        ]
+        return torch.cat([logits for logits, _ in alone]), torch.cat([labels for _, labels in alone])
     rows = [(*sample.asked, *sample.answer[:-1]) for sample in samples]
     ids, mask, places = right_padded(rows, base.device)
     own, seen = padded_pasts(base, [sample.past for sample in samples])

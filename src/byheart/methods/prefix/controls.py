@@ -29,6 +29,10 @@ class PrefixGold(Prefix, Gold):
         if self.options.passages == "none":
             raise UsageError(f"--set prefix.passages=none: leaves no passages for {self.name}")
 
+    @property
+    def _searches(self) -> bool:
+        return False  # what is shown is known without
+
     def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
         """A window of each of the question's documents; of the first, where several cannot stand together."""
         given = super(Context, self).passages(questions)

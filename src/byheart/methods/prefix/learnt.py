@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from byheart import kv
+from byheart import __version__, kv
 from byheart.base import Base
 from byheart.decode import token_ids
 from byheart.errors import DataError, UsageError
@@ -21,6 +21,7 @@ from byheart.kv import KV
 from byheart.ledger import Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.controls import Context
+from byheart.methods.facts import as_measured
 from byheart.methods.prefix.behind import Sample, shared, side_by_side
 from byheart.methods.prefix.cache import Block, Cache, digest_of
 from byheart.methods.prefix.compress import Compressed
@@ -173,6 +174,7 @@ class Learnt(Context):
         self.likely: Likely | None = None
         self.turn: Turn | None = None
         self.instances: Instances | None = None
+        self.measured: set[str] = set()
 
     def _check_options(self, settings: Settings) -> None:
         """What would silently do nothing is refused."""
@@ -294,7 +296,7 @@ class Learnt(Context):
         if not some:
             raise DataError(f"{self.name}: the ledger has no document to fit heads to")
         beginning = (self.form.pieces("", ()), self.whole.first, self.encoder.card.hash)
-        mark = fingerprint(self.base.hash, str(self.base.dtype), beginning, some)
+        mark = fingerprint(__version__, self.base.hash, str(self.base.dtype), beginning, some)
         tell = scaled(progress, len(some), report.documents)
         self.tokens = fit_heads(self.whole, self.encoder, some, self.work / f"fit-{mark}.safetensors", tell)
         return f"heads fitted to {len(some)} passages"
@@ -322,7 +324,8 @@ class Learnt(Context):
         learnt = nn.ModuleDict(dict(self._learnt) | ({} if heads is None else {"heads": heads}))
         # What is learnt begins as text of the ledger, so that another ledger gives another beginning.
         begin = digest_of(learnt)
-        mark = fingerprint(base.hash, str(base.dtype), self.form.pieces("", ()), asdict(options), seed, found, begin)
+        made_with = (__version__, base.hash, str(base.dtype), self.encoder.card.hash, asdict(options), seed)
+        mark = fingerprint(made_with, self.form.pieces("", ()), found, begin)
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         store = self.work / f"learnt-{mark}.safetensors"
         read = self._read(blocks, distilled=options.distil > 0)
@@ -350,7 +353,7 @@ class Learnt(Context):
         passages = [passage for _, passage in self._retriever.index.all_passages()]
         count, seed = self.options.study, self.settings.seed
         form = (self.form.examples, self.settings.chat)
-        mark = fingerprint(self.base.hash, str(self.base.dtype), form, passages, count, seed)
+        mark = fingerprint(__version__, self.base.hash, str(self.base.dtype), form, passages, count, seed)
 
         def make(numbers: Sequence[int]) -> list[list[tuple[int, str, str]]]:
             some = {passages[n]: n for n in numbers}
@@ -365,6 +368,7 @@ class Learnt(Context):
             (Question(id=f"study-{n}", question=question, answers=[answer], kind="study"), passages[n])
             for found in rows
             for n, question, answer in found
+            if as_measured(question) not in self.measured
         ]
         return [
             replace(lesson(self.base, self.form, question, question.answers[0], [passage]), shown=shown, weight=weight)
@@ -388,7 +392,7 @@ class Learnt(Context):
             for (question, hits), (shown, _) in zip(pairs, self.beside([one for one, _ in pairs]), strict=True)
         ]
         reader = (self.base.hash, str(self.base.dtype), digest_of(self._learnt))
-        mark = fingerprint(reader, self.form.pieces("", ()), asdict(self.options), seed, found)
+        mark = fingerprint(__version__, reader, self.form.pieces("", ()), asdict(self.options), seed, found)
 
         def read(some: Sequence[list[Lesson]]) -> list[list[float]]:
             with torch.no_grad():

@@ -22,6 +22,7 @@ from byheart.kv import KV
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import Answer, LearnReport, Progress
 from byheart.methods.controls import Context
+from byheart.methods.facts import to_measure
 from byheart.methods.prefix.cache import Block
 from byheart.methods.prefix.instances import NEAREST, Instances, instances_of, interpolated
 from byheart.methods.prefix.learnt import Learnt
@@ -79,6 +80,7 @@ class Prefix(Learnt):
         self._whole = self._made = self.slots = self.heads = self.tokens = self.likely = self.turn = None
         began = time.perf_counter()
         pairs: Pairs = ()
+        self.measured = to_measure(ledger)
         if self._asks:
             pairs, left_out = held(ledger, self.form, self._retriever, self.settings.segment)
             report = replace(report, skipped=left_out)
@@ -139,7 +141,7 @@ class Prefix(Learnt):
     def answer(self, questions: Sequence[Question], progress: Progress = lambda count: None) -> list[Answer]:
         """Answers with the passages that were found; their time counts the search and what had to be encoded."""
         # What stands before every question is the same without passages: nothing to search for.
-        answered = super().answer if self.options.passages == "retrieved" else super(Context, self).answer
+        answered = super().answer if self._searches else super(Context, self).answer
         step = max(1, _HELD // max(self.settings.k, 1))
         return [
             answer for n in range(0, len(questions), step) for answer in answered(questions[n : n + step], progress)
@@ -225,6 +227,10 @@ class Prefix(Learnt):
                 if one.example.passage is None or one.example.passage.document == change.id
             ]
         self.instances.add(instances_of(stale, self._retriever))
+
+    @property
+    def _searches(self) -> bool:
+        return self.options.passages == "retrieved"
 
     @property
     def _remembers(self) -> bool:

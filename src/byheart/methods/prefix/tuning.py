@@ -16,6 +16,7 @@ from byheart.gold import gold_passages
 from byheart.ledger import Ledger
 from byheart.losses import drift, token_loss
 from byheart.methods.contract import Progress
+from byheart.methods.facts import as_measured, to_measure
 from byheart.methods.prefix.behind import Columns, Sample, answer_logits
 from byheart.methods.prefix.cache import Block
 from byheart.prompt import Example, PromptFormat
@@ -71,6 +72,7 @@ def lesson(base: Base, form: PromptFormat, question: Question, answer: str, pass
 def to_learn_from(ledger: Ledger, form: PromptFormat) -> tuple[list[Question], dict[str, int]]:
     """The training questions that can be learnt from, and why others are left out, counted."""
     shown = {normalize(example.question) for example in form.examples}
+    measured = to_measure(ledger)
     left_out: Counter[str] = Counter()
     asked = []
     for question in ledger.questions(["train"]):
@@ -78,6 +80,8 @@ def to_learn_from(ledger: Ledger, form: PromptFormat) -> tuple[list[Question], d
             left_out["stands among the examples"] += 1
         elif not question.answers:
             left_out["has no answer"] += 1
+        elif as_measured(question.question) in measured:
+            left_out["is measured in the same words"] += 1
         else:
             asked.append(question)
     return asked, dict(left_out)
