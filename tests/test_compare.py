@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from byheart import retrieve
 from byheart.answer import answer_all, read_answers
 from byheart.compare import choose_questions, compare, pairs, question_metrics, scored, summarise
 from byheart.errors import DataError, UsageError
@@ -84,6 +85,28 @@ def test_answers_are_those_of_the_ledger_as_it_was_learnt(tiny, world, tmp_path,
         marks.append(json.loads((folder / "answers" / "closed.jsonl").read_text().partition("\n")[0]))
     before, during, after = marks
     assert before == during != after
+
+
+def test_bm25_is_built_when_it_is_learnt_searched_or_kept_and_not_with_every_change(tiny, world, tmp_path, monkeypatch):
+    built, plain = [], retrieve.Lexical
+    monkeypatch.setattr(retrieve, "Lexical", lambda index: built.append(len(index)) or plain(index))
+    method = method_class("context")(tiny("llama"), Settings(shots=0), tmp_path / "work")
+    method.learn(world)
+    assert len(built) == 1
+    start = world.revision
+    for document in list(world.documents())[:3]:
+        world.retract("document", document.id)
+    for change in world.history(since=start):
+        method.revise(change)
+    assert len(built) == 1
+    method.save_pretrained(tmp_path / "kept")
+    assert len(built) == 2 and built[1] < built[0]
+    ask = next(iter(world.questions(["test"])))
+    (answer,) = method.answer([ask])
+    again = method_class("context").from_pretrained(tmp_path / "kept", tiny("llama"))
+    stamp = (tmp_path / "kept" / "index" / "bm25" / "stamp.json").stat().st_mtime_ns
+    assert again.answer([ask])[0].ranked == answer.ranked
+    assert (tmp_path / "kept" / "index" / "bm25" / "stamp.json").stat().st_mtime_ns == stamp
 
 
 def test_as_many_wrong_passages_as_others_show(tiny, world, minilm, tmp_path):

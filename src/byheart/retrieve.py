@@ -42,7 +42,12 @@ class Retriever:
 
     @cached_property
     def _lexical(self) -> Lexical:
-        return Lexical(self.index)  # not before the first search: an index that follows its ledger may change often
+        return Lexical(self.index)
+
+    def prepare(self) -> None:
+        """Make now what the first search would make; not with every change, of which an index may follow many."""
+        if self.mode != "dense":
+            _ = self._lexical
 
     def retrieve(self, questions: Sequence[str], k: int) -> list[list[Passage]]:
         """The ``k`` best passages for each question, best first.

@@ -184,6 +184,7 @@ class Context(_Control):
         super().learn(ledger)
         index = index_ledger(ledger, self.work / "index", self.encoder, self.settings.segment, on_done=progress)
         self._retriever = Retriever(index, self.encoder, self.settings.retriever)
+        self._retriever.prepare()
         return LearnReport(seconds=index.state("seconds", 0.0), bytes=index.bytes, documents=index.documents)
 
     def revise(self, change: Change) -> LearnReport:
@@ -217,6 +218,7 @@ class Context(_Control):
 
     def _save_into(self, folder: Path) -> None:
         super()._save_into(folder)
+        self._retriever.prepare()
         self._retriever.index.checkpoint()
         shutil.copytree(self._retriever.index.path, folder / "index")
 
