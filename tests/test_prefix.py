@@ -333,6 +333,10 @@ def test_blending_and_bad_options(tiny, small, tmp_path, monkeypatch):
     assert [a.reference for a in answers["0"]] != [a.reference for a in answers["1"]]
     with pytest.raises(UsageError, match="at most 1"):
         Prefix(base, Settings(options={"prefix.blend": "1.5"}), tmp_path)
+    with pytest.raises(UsageError, match=r"prefix.blend=0.5: blends several passages; use --k 2"):
+        Prefix(base, Settings(options={"prefix.blend": "0.5"}), tmp_path)
+    with pytest.raises(UsageError, match=r"prefix.precision=int8: nothing is on disk"):
+        Prefix(base, Settings(options={"prefix.precision": "int8"}), tmp_path)
     with pytest.raises(DataError, match="sliding windows"):
         blended(tiny("mistral"), None, [], [], 0.5)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2**30, 2**30, 2**20))

@@ -186,6 +186,10 @@ class Learnt(Context):
             if getattr(options, name) != getattr(PrefixOptions, name) and options.encoder not in encoders:
                 needed = " or ".join(f"prefix.encoder={encoder}" for encoder in encoders)
                 raise UsageError(f"--set prefix.{name}={settings.options[f'prefix.{name}']}: needs {needed}")
+        if options.blend and settings.k == 1 and not options.demonstrations:
+            raise UsageError(f"--set prefix.blend={options.blend}: blends several passages; use --k 2 or more")
+        if options.precision != "model" and not self._keeps and not self._trains:
+            raise UsageError(f"--set prefix.precision={options.precision}: nothing is on disk; use prefix.store=disk")
         if not self._trains:
             for name in ("distil", "vicreg", "fair", "wrong", "study", "hard"):
                 if getattr(options, name):
