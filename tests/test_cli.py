@@ -49,6 +49,11 @@ def test_help_imports_nothing_heavy():
         assert f"  {command} " in done.stdout
 
 
+def test_a_page_is_written_again_without_torch():
+    code = "import sys, byheart.report; assert not {'torch', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -289,7 +289,7 @@ def test_a_card_that_is_not_ours_is_named(base, tmp_path, broken):
         Memory.from_pretrained(tmp_path / "kept", base)
     if "base" in broken:
         with pytest.raises(DataError, match=r"byheart.json: does not name its base; give --base"):
-            next(learning._loaded([tmp_path / "kept"], None, None, None))
+            learning._base_of([tmp_path / "kept"], None, None, None)
 
 
 def test_what_was_learnt_in_eight_bits_is_loaded_in_eight_bits(base, tmp_path, monkeypatch):
@@ -302,10 +302,10 @@ def test_what_was_learnt_in_eight_bits_is_loaded_in_eight_bits(base, tmp_path, m
     assert card["base"]["packed"] is False
     loaded = []
     monkeypatch.setattr("byheart.base.load_base", lambda name, **given: loaded.append((name, given["dtype"])) or base)
-    list(learning._loaded([tmp_path / "kept"], None, None, None))
+    learning._base_of([tmp_path / "kept"], None, None, None)
     write_json(tmp_path / "kept" / "byheart.json", card | {"base": card["base"] | {"packed": True}})
     for dtype in (None, "float32"):
-        list(learning._loaded([tmp_path / "kept"], None, None, dtype))
+        learning._base_of([tmp_path / "kept"], None, None, dtype)
     assert loaded == [("tiny", None), ("tiny", "int8"), ("tiny", "float32")]
 
 

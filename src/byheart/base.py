@@ -8,7 +8,7 @@ import inspect
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +93,21 @@ class Base:
         found: int | None = getattr(self.model.config, "max_position_embeddings", None)
         return found
 
+    def check_positions(self, needed: int, what: str) -> None:
+        """See that the model has so many positions.
+
+        Args:
+            what: needs them, verb and all.
+
+        Raises:
+            DataError: where it has not.
+        """
+        if self.positions is not None and needed > self.positions:
+            raise DataError(
+                f"{self.name}: {what} {needed} positions, the model has {self.positions}; use fewer passages (--k), "
+                "fewer examples (--shots) or shorter segments (--segment)"
+            )
+
     @cached_property
     def line_ends(self) -> frozenset[int]:
         """The tokens whose text holds a line break."""
@@ -165,6 +180,14 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     # bf16 without the instructions for it is emulated and slower than fp32.
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def digest_of(tensors: Iterable[torch.Tensor]) -> str:
+    """A hash of what tensors hold, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_base(

@@ -529,11 +529,6 @@ def slides(config: Any) -> bool:
 def _check_lengths(base: Base, work: _Work) -> None:
     if base.kind == "seq2seq":
         return
-    limit = base.positions
     longest = max(len(ids) + (past[-1].end if past else 0) for ids, past in zip(work.prompts, work.pasts, strict=True))
     needed = longest + max(work.max_new, work.longest_option(range(len(work.prompts))))
-    if limit is not None and needed > limit:
-        raise DataError(
-            f"{base.name}: a prompt of {longest} tokens with its answer needs {needed} positions, the model has "
-            f"{limit}; use fewer passages (--k), fewer examples (--shots) or shorter segments (--segment)"
-        )
+    base.check_positions(needed, f"a prompt of {longest} tokens with its answer needs")

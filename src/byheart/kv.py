@@ -87,12 +87,8 @@ def read(base: Base, rows: Sequence[Sequence[int]], head: KV | None = None, star
     if not rows:
         return []
     start = (0 if head is None else head.end) if start is None else start
-    limit, longest = base.positions, max(map(len, rows))
-    if limit is not None and start + longest > limit:
-        raise DataError(
-            f"{base.name}: {longest} tokens from position {start} on need {start + longest} positions, the model has "
-            f"{limit}; use fewer passages (--k), fewer examples (--shots) or shorter segments (--segment)"
-        )
+    longest = max(map(len, rows))
+    base.check_positions(start + longest, f"{longest} tokens from position {start} on need")
     ids, mask, places = right_padded(rows, base.device)
     before = 0 if head is None else head.columns
     cache = begun(base, head, len(rows))
@@ -271,8 +267,7 @@ def _probe(base: Base) -> Tensor:
 
 
 def _reaches(base: Base, positions: int) -> bool:
-    limit = base.positions
-    return limit is None or positions <= limit
+    return base.positions is None or positions <= base.positions
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

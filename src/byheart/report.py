@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from byheart.errors import DataError
-from byheart.methods import CONTROLS
 from byheart.storage import read_card, write_text
 
 if TYPE_CHECKING:
@@ -84,6 +83,8 @@ def remarks(run: dict[str, Any]) -> list[str]:
 
 def before_after(folder: Path) -> str | None:
     """One question that a way of learning made right: what the model said before, and what it says now."""
+    from byheart.methods import CONTROLS  # brings torch, which a page that is only written again does not need
+
     before: dict[str, dict[str, Any]] = {}
     with (folder / "answers.jsonl").open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):

@@ -35,8 +35,6 @@ from byheart.cli.options import (
 from byheart.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from byheart.base import Base
     from byheart.methods import Method
 
@@ -124,7 +122,9 @@ def _ask(
     if not question.strip():
         raise UsageError("QUESTION: is empty")
     rows = []
-    for folder, (method, _) in zip(folders, _loaded(folders, base, device, dtype), strict=True):
+    model = _base_of(folders, base, device, dtype)
+    for folder in folders:
+        method = _learnt_in(folder, model)
         with method.attached():
             (answer,) = method.answer([Question(id="asked", question=question)])
         rows.append({"folder": str(folder), "method": method.name} | asdict(answer))
@@ -202,7 +202,8 @@ def _follow(
         notes: list[str] = []
         seconds = 0.0
         if changes:
-            ((method, model),) = _loaded([folder], base, device, dtype)
+            model = _base_of([folder], base, device, dtype)
+            method = _learnt_in(folder, model)
             saved = time.monotonic()
             with Terminal().bar("follow: changes", len(changes)) as tick:
                 for change in changes:
@@ -214,7 +215,7 @@ def _follow(
                     tick(1)
                     if time.monotonic() - saved > _SAVE_EVERY:
                         method.save_pretrained(folder)
-                        method = type(method).from_pretrained(folder, model)  # what it had open has moved
+                        method = _learnt_in(folder, model)  # what it had open has moved
                         saved = time.monotonic()
             method.save_pretrained(folder)
     for note in notes:
@@ -235,7 +236,7 @@ def _undo(
     """Take facts out of an edit: the others are solved for again, from what is kept of them."""
     from byheart.methods.edit.method import Edit
 
-    ((method, _),) = _loaded([folder], base, device, dtype)
+    method = _learnt_in(folder, _base_of([folder], base, device, dtype))
     if not isinstance(method, Edit):
         raise UsageError(f"{folder}: holds {method.name}, and only an edit's facts can be undone one by one")
     had = method.skipped
@@ -269,7 +270,7 @@ def _export(
         raise UsageError(f"--to {to}: must be peft or merged")
     if rank is not None and to != "peft":
         raise UsageError("--rank: only for --to peft")
-    ((method, _),) = _loaded([folder], base, device, dtype)
+    method = _learnt_in(folder, _base_of([folder], base, device, dtype))
     if isinstance(method, Prefix) and to == "peft" and rank is None:
         record = export_cartridge(method, out)
         emit(record, as_json, f"{out}: written, {record['columns']} columns")
@@ -284,12 +285,9 @@ def _export(
     emit(record, as_json, f"{out}: written{said}")
 
 
-def _loaded(
-    folders: list[Path], base: str | None, device: str | None, dtype: str | None
-) -> Iterator[tuple[Method, Base]]:
-    """What was learnt into each folder, one after the other, on one base."""
+def _base_of(folders: list[Path], base: str | None, device: str | None, dtype: str | None) -> Base:
+    """The base that is named, or else the one that the first folder was learnt for."""
     from byheart.base import load_base
-    from byheart.methods import method_class
     from byheart.progress import Terminal
     from byheart.storage import read_card
 
@@ -299,9 +297,15 @@ def _loaded(
         packed = bool(cards[0]["base"].get("packed"))
     except (KeyError, TypeError, AttributeError):
         raise DataError(f"{folders[0] / 'byheart.json'}: does not name its base; give --base") from None
-    model = load_base(name, device=device, dtype=dtype or ("int8" if packed else None), say=Terminal().say)
-    for folder, card in zip(folders, cards, strict=True):
-        yield method_class(card["method"]).from_pretrained(folder, model), model
+    return load_base(name, device=device, dtype=dtype or ("int8" if packed else None), say=Terminal().say)
+
+
+def _learnt_in(folder: Path, base: Base) -> Method:
+    """What was learnt into a folder."""
+    from byheart.methods import method_class
+    from byheart.storage import read_card
+
+    return method_class(read_card(folder / "byheart.json", "method")["method"]).from_pretrained(folder, base)
 
 
 def _newly_skipped(method: Method, had: dict[str, str]) -> list[str]:

@@ -89,14 +89,14 @@ def check_used(options: list[str] | None, names: Iterable[str]) -> None:
     Args:
         names: of the methods; a control of a method takes the options of that method.
     """
-    from byheart.methods import CONTROLS
+    from byheart.methods import CONTROLS, PREFIX_CONTROLS
 
     named = list(names)
     for text in options or []:
         method = text.partition(".")[0]
         if method in CONTROLS:
             raise UsageError(f"--set {text}: {method} has no options")
-        if method not in named and not (method == "prefix" and {"prefix-gold", "prefix-shuffled"} & {*named}):
+        if method not in named and not (method == "prefix" and {*PREFIX_CONTROLS} & {*named}):
             raise UsageError(f"--set {text}: {method} is not among the methods ({', '.join(named)})")
 
 

@@ -28,13 +28,16 @@ METHODS = {
 CONTROLS = ("closed", "context", "gold", "shuffled")
 # Other ways to edit, to hold `edit` against.
 BASELINES = ("ft", "ft-w", "rome", "mend")
+# They take the options of `prefix`.
+PREFIX_CONTROLS = ("prefix-gold", "prefix-shuffled")
 # What "all" leaves out.
-_ON_REQUEST = (*BASELINES, "prefix-gold", "prefix-shuffled")
+_ON_REQUEST = (*BASELINES, *PREFIX_CONTROLS)
 
 __all__ = [
     "BASELINES",
     "CONTROLS",
     "METHODS",
+    "PREFIX_CONTROLS",
     "Answer",
     "LearnReport",
     "Method",

@@ -41,12 +41,6 @@ class Baseline(ChangedWeights):
 
     prefixes: ClassVar[int] = 0
 
-    def __init__(self, base: Base, settings: Settings, work: Path) -> None:
-        super().__init__(base, settings, work)
-        self.holding: list[Fact] = []  # all facts that hold, those that cannot be written among them
-        self.facts: list[Fact] = []
-        self.skipped: dict[str, str] = {}
-
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Write all facts of the ledger that hold."""
         super().learn(ledger)
@@ -56,8 +50,7 @@ class Baseline(ChangedWeights):
         """Learn all facts again, with the change."""
         report = LearnReport()
         if change.kind == "fact":
-            kept = [fact for fact in self.holding if fact.id != change.id]
-            report = self._learn([*kept, change.after] if isinstance(change.after, Fact) else kept, _NOTHING)
+            report = self._learn(self._after(change), _NOTHING)
         super().revise(change)
         return report
 
@@ -79,16 +72,6 @@ class Baseline(ChangedWeights):
     @abstractmethod
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
         """The change that holds the facts."""
-
-    def _record(self) -> dict[str, Any]:
-        holding = [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.holding]
-        return {"holding": holding, "facts": [fact.id for fact in self.facts], "skipped": self.skipped}
-
-    def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.holding = [Fact.model_validate(fact) for fact in record["holding"]]
-        by_id = {fact.id: fact for fact in self.holding}
-        self.facts = [by_id[id] for id in record["facts"]]
-        self.skipped = record["skipped"]
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,8 @@ def collision_notes(found: Sequence[Collision]) -> tuple[str, ...]:
     """The collisions as a sentence or two."""
     if not found:
         return ()
-    shown = "; ".join(
-        f"{c.one.id} and {c.other.id} ({c.one.subject!r}, {c.other.subject!r}: {c.cosine:.2f})" for c in found[:_SHOWN]
-    )
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return (f"{len(found)} pairs of facts have nearly the same key and may mix: {shown}{more}",)
+    shown = [f"{c.one.id} and {c.other.id} ({c.one.subject!r}, {c.other.subject!r}: {c.cosine:.2f})" for c in found]
+    return (f"{len(found)} pairs of facts have nearly the same key and may mix: {_first('; ', shown)}",)
 
 
 def unsaid(base: Base, facts: Sequence[Fact]) -> list[Fact]:
@@ -76,9 +73,13 @@ def unsaid_notes(found: Sequence[Fact], count: int) -> tuple[str, ...]:
     """The facts that were written in vain, out of ``count``, as a sentence."""
     if not found:
         return ()
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    ids = ", ".join(fact.id for fact in found[:_SHOWN])
-    return (f"{len(found)} of {count} facts not said after their prompts all the same: {ids}{more}",)
+    ids = _first(", ", [fact.id for fact in found])
+    return (f"{len(found)} of {count} facts not said after their prompts all the same: {ids}",)
+
+
+def _first(joint: str, texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return joint.join(texts[:_SHOWN]) + more
 
 
 @dataclass(frozen=True)

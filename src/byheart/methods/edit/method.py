@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from byheart.attention import fast_attention
-from byheart.base import Base
+from byheart.base import Base, digest_of
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
@@ -106,8 +105,6 @@ class Edit(ChangedWeights):
         if self.options.energy >= 1:
             raise UsageError(f"--set edit.energy={self.options.energy}: must be below 1")
         self.layers = choose_layers(base, self.options.layers)
-        self.holding: list[Fact] = []  # all facts that hold, those that cannot be written among them
-        self.facts: list[Fact] = []
         self.z = torch.zeros(0, base.parts.d_model)
         # By fact and layer, what settling added to the residuals that the targets give.
         self.shifts = torch.zeros(0, len(self.layers), base.parts.d_model)
@@ -115,7 +112,6 @@ class Edit(ChangedWeights):
         self.names: list[str] = []
         self.keys: dict[int, Tensor] = {}
         self.prefixes: tuple[str, ...] = ()
-        self.skipped: dict[str, str] = {}
         self._source = ""  # of the second moment's text
         self._texts: Sequence[str] | None = None
         self._writer: Writer | None = None
@@ -170,9 +166,8 @@ class Edit(ChangedWeights):
         """
         began, report = time.perf_counter(), LearnReport()
         if change.kind == "fact":
-            kept = [fact for fact in self.holding if fact.id != change.id]
             self.skipped = {id: why for id, why in self.skipped.items() if id != change.id}
-            notes = self._follow([*kept, change.after] if isinstance(change.after, Fact) else kept)
+            notes = self._follow(self._after(change))
             report = self._report(time.perf_counter() - began, notes)
         super().revise(change)
         return report
@@ -209,14 +204,14 @@ class Edit(ChangedWeights):
             prepared, more = self._prepare(chosen)
             known = dict(zip(self._marks(self.facts), zip(self.z, self.shifts, strict=True), strict=True))
             marks = self._marks([one.fact for one in prepared])
+            added = self.options.sequence == "accumulate" and bool(self.facts) and known.keys() <= set(marks)
+            if self.options.sequence == "accumulate":  # what was sought in a model with one that is gone is sought anew
+                known = dict(takewhile(lambda item: item[0] in marks, known.items()))
             new = {mark: one for mark, one in zip(marks, prepared, strict=True) if mark not in known}
             progress = scaled(progress, 1 + self.options.settle, 1)
-            if self.options.sequence == "accumulate" and self.facts and known.keys() <= set(marks):
+            if added:
                 self._accumulate(list(new.values()), progress)
             else:
-                if self.options.sequence == "accumulate":  # what was sought in a model that was another is sought anew
-                    known = dict(takewhile(lambda item: item[0] in marks, known.items()))
-                    new = {mark: one for mark, one in zip(marks, prepared, strict=True) if mark not in known}
                 z = self._targets(list(new.values()), progress)
                 known |= zip(new, zip(z, self._unshifted(len(z)), strict=True), strict=True)
                 self.z = torch.stack([known[mark][0] for mark in marks]) if marks else self.z[:0]
@@ -297,10 +292,10 @@ class Edit(ChangedWeights):
 
     def _standing(self, facts: Sequence[Fact], z: Tensor, shifts: Tensor) -> list[Any]:
         """What a model with these facts written follows from, besides what targets depend on anyway."""
-        digest = hashlib.sha256(z.numpy().tobytes() + shifts.numpy().tobytes()).hexdigest()
         written = {name: getattr(self.options, name) for name in WriteOptions.__dataclass_fields__}
         text = [self._source, self.options.tokens, self.settings.seed]
-        return [[f.model_dump_json() for f in facts], digest, written, self.options.merge, self.layers, text]
+        told = [f.model_dump_json() for f in facts]
+        return [told, digest_of([z, shifts]), written, self.options.merge, self.layers, text]
 
     def _marks(self, facts: Sequence[Fact]) -> list[str]:
         """What each fact's target depends on: the fact, and those that share a change with it."""
@@ -358,8 +353,8 @@ class Edit(ChangedWeights):
         ]  # fmt: skip
         store = self.work / "edit" / f"{fingerprint(*made_with, *standing)}.safetensors"
         known = _read_tensors(store)
-        taken = {mark: float(known.get(f"seconds {mark}", torch.zeros(1))) for mark in marks if mark in known}
-        self._earlier[store.name] = self._earlier.get(store.name, 0.0) + sum(taken.values())
+        taken = sum(float(known[name]) for mark in marks if (name := f"seconds {mark}") in known)
+        self._earlier[store.name] = self._earlier.get(store.name, 0.0) + taken
         groups = self._groups([one.fact for one in prepared])
         missing: dict[int, list[int]] = {}
         for place, (mark, group) in enumerate(zip(marks, groups, strict=True)):
@@ -428,10 +423,7 @@ class Edit(ChangedWeights):
             "source": self._source,
             "text": self.text,
             "names": self.names,
-            "facts": [fact.id for fact in self.facts],
-            "holding": [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.holding],
-            "skipped": self.skipped,
-        }
+        } | super()._record()
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         # What it was made with, not what is usual today; folders from before facts settled sought targets in rounds.
@@ -440,10 +432,7 @@ class Edit(ChangedWeights):
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])
         self._source = record["source"]
-        self.holding = [Fact.model_validate(fact) for fact in record["holding"]]
-        by_id = {fact.id: fact for fact in self.holding}
-        self.facts = [by_id[id] for id in record["facts"]]
-        self.skipped = record["skipped"]
+        super()._load(record, tensors)
         self.z = tensors["z"]
         self.shifts = tensors.get("shifts", self._unshifted(len(self.z)))
         self.text = record.get("text", [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,12 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from byheart.base import Base
+from byheart.base import Base, digest_of
 from byheart.errors import DataError, first_line
+from byheart.ledger import Change
 from byheart.methods.contract import Settings
 from byheart.methods.controls import Closed
-from byheart.rows import Kind
-from byheart.storage import read_json, write_json
+from byheart.rows import Fact, Kind
+from byheart.storage import fingerprint, read_json, write_json
 from byheart.surgery import changed
 
 # By layer, left (d_model, r) and right (r, d_ff) with Δ = left @ right; left is None where right is Δ itself.
@@ -36,6 +36,9 @@ class ChangedWeights(Closed):
         if base.packed:
             raise DataError(f"{self.name}: {base.name} keeps its weights in 8 bits; editing needs --dtype bfloat16")
         super().__init__(base, settings, work)
+        self.holding: list[Fact] = []  # all facts that hold, those that cannot be written among them
+        self.facts: list[Fact] = []
+        self.skipped: dict[str, str] = {}
         self.deltas: Deltas = {}
 
     def attached(self) -> AbstractContextManager[None]:
@@ -44,24 +47,34 @@ class ChangedWeights(Closed):
 
     @property
     def digest(self) -> str:
-        """What the changed model follows from besides the base."""
-        digest = hashlib.sha256()
-        for layer, factors in sorted(self.deltas.items()):
-            for factor in factors:
-                kept = b"" if factor is None else factor.detach().float().cpu().contiguous().numpy().tobytes()
-                digest.update(f"{layer} {len(kept)} ".encode() + kept)
-        return digest.hexdigest()
+        """A hash of the change: what answers depend on."""
+        return fingerprint(
+            {n: [digest_of([one]) for one in delta if one is not None] for n, delta in self.deltas.items()}
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything to keep besides the deltas."""
         return {}
 
+    def _after(self, change: Change) -> list[Fact]:
+        """The facts that hold after a change of one."""
+        kept = [fact for fact in self.holding if fact.id != change.id]
+        return [*kept, change.after] if isinstance(change.after, Fact) else kept
+
     def _record(self) -> dict[str, Any]:
         """Everything to keep that is no tensor."""
-        return {}
+        return {
+            "facts": [fact.id for fact in self.facts],
+            "holding": [fact.model_dump(mode="json", exclude_defaults=True) for fact in self.holding],
+            "skipped": self.skipped,
+        }
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`_record` and :meth:`_tensors` gave."""
+        self.holding = [Fact.model_validate(fact) for fact in record["holding"]]
+        by_id = {fact.id: fact for fact in self.holding}
+        self.facts = [by_id[id] for id in record["facts"]]
+        self.skipped = record["skipped"]
 
     def _save_into(self, folder: Path) -> None:
         super()._save_into(folder)

@@ -124,10 +124,10 @@ class Writer:
                 before = past[layer].double() if past else keys[layer][:0]
                 scatter = second - (merge @ keys[layer]).T @ (merge @ keys[layer]) if second is not None else None
                 into, residuals = self._map(layer, merge @ keys[layer], before, scatter), merge @ residuals
-                add_to(self.base.parts.blocks[layer].mlp_out, product(_delta_of(residuals, into)), attached)
+                written.deltas[layer] = delta = _delta_of(residuals, into)
+                add_to(self.base.parts.blocks[layer].mlp_out, product(delta), attached)
                 written.residuals[layer] = written.sought[layer] = residuals
                 written.maps[layer] = into
-                written.deltas[layer] = _delta_of(residuals, into)
         return written
 
     def _in_double(self, norm: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-
-import torch
-from torch import nn
 
 from byheart import kv
 from byheart.base import Base
@@ -27,12 +23,6 @@ _READ = 2_048
 _HELD = 16
 # Windows that a size estimate looks at.
 _LOOKED_AT = 64
-
-
-def digest_of(module: nn.Module) -> str:
-    """A hash of what a module learnt."""
-    parts = (one.detach().cpu().flatten().view(torch.uint8).numpy() for one in module.state_dict().values())
-    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 class Cache:

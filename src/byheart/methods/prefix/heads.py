@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from byheart.base import Base
+from byheart.base import Base, digest_of
 from byheart.decode import batches
 from byheart.encoder import Encoder
 from byheart.kv import KV
 from byheart.methods.prefix.behind import Columns, split
-from byheart.methods.prefix.cache import Block, Cache, Few, digest_of
+from byheart.methods.prefix.cache import Block, Cache, Few
 from byheart.methods.prefix.slots import Slots
 from byheart.prompt import PromptFormat
 from byheart.retrieve import searchable
@@ -93,7 +93,7 @@ class Emitted(Few):
     """Passages in the columns that heads emit for them, at the place of the first passage."""
 
     def __init__(self, whole: Cache, heads: Heads, encoder: Encoder) -> None:
-        super().__init__(whole, len(heads), digest_of(heads))
+        super().__init__(whole, len(heads), digest_of(heads.state_dict().values()))
         self._heads, self._encoder = heads, encoder
 
     def fresh(self, passages: Sequence[Block]) -> list[KV]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from byheart import __version__, kv
-from byheart.base import Base
+from byheart.base import Base, digest_of
 from byheart.decode import token_ids
 from byheart.errors import DataError, UsageError
 from byheart.kv import KV
 from byheart.ledger import Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.controls import Context
-from byheart.methods.facts import as_measured
+from byheart.methods.facts import as_measured, to_measure
 from byheart.methods.prefix.behind import Sample, shared, side_by_side
-from byheart.methods.prefix.cache import Block, Cache, digest_of
+from byheart.methods.prefix.cache import Block, Cache
 from byheart.methods.prefix.compress import Compressed
 from byheart.methods.prefix.heads import Emitted, Heads, looked_up
 from byheart.methods.prefix.instances import NEAREST, Instances, hardness
@@ -174,7 +174,6 @@ class Learnt(Context):
         self.likely: Likely | None = None
         self.turn: Turn | None = None
         self.instances: Instances | None = None
-        self.measured: set[str] = set()
 
     def _check_options(self, settings: Settings) -> None:
         """What would silently do nothing is refused."""
@@ -305,14 +304,14 @@ class Learnt(Context):
         self.tokens = fit_heads(self.whole, self.encoder, some, self.work / f"fit-{mark}.safetensors", tell)
         return f"heads fitted to {len(some)} passages"
 
-    def _tune(self, pairs: Pairs, report: LearnReport, progress: Progress) -> LearnReport:
+    def _tune(self, ledger: Ledger, pairs: Pairs, report: LearnReport, progress: Progress) -> LearnReport:
         options, base, seed = self.options, self.base, self.settings.seed
         began = time.perf_counter()
         # Without passages none is needed, but to be told from.
         needed = options.passages == "retrieved" or options.distil > 0
         found, skipped = lessons(pairs, base, self.form, self.beside, needed=needed)
         if options.study:
-            found += self._studied()
+            found += self._studied(to_measure(ledger))
         if not found:
             why = "whose document holds its answer" if needed else "with an answer"
             raise DataError(f"prefix: there is something to learn, and the ledger has no training question {why}")
@@ -327,7 +326,7 @@ class Learnt(Context):
             self.tokens.loosen(options.rank, seed)
         learnt = nn.ModuleDict(dict(self._learnt) | ({} if heads is None else {"heads": heads}))
         # What is learnt begins as text of the ledger, so that another ledger gives another beginning.
-        begin = digest_of(learnt)
+        begin = digest_of(learnt.state_dict().values())
         made_with = (__version__, base.hash, str(base.dtype), self.encoder.card.hash, asdict(options), seed)
         mark = fingerprint(made_with, self.form.pieces("", ()), found, begin)
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
@@ -352,8 +351,8 @@ class Learnt(Context):
         note = f"{len(found)} questions to learn from, {orders.steps} steps; {trained.course(options.epochs)}"
         return replace(report, seconds=ready + trained.seconds, skipped=report.skipped | skipped, notes=(note,))
 
-    def _studied(self) -> list[Lesson]:
-        """Lessons that the model makes of the indexed passages itself."""
+    def _studied(self, measured: Container[str]) -> list[Lesson]:
+        """Lessons that the model makes of the indexed passages itself; none in words that are measured."""
         passages = [passage for _, passage in self._retriever.index.all_passages()]
         count, seed = self.options.study, self.settings.seed
         form = (self.form.examples, self.settings.chat)
@@ -372,7 +371,7 @@ class Learnt(Context):
             (Question(id=f"study-{n}", question=question, answers=[answer], kind="study"), passages[n])
             for found in rows
             for n, question, answer in found
-            if as_measured(question) not in self.measured
+            if as_measured(question) not in measured
         ]
         return [
             replace(lesson(self.base, self.form, question, question.answers[0], [passage]), shown=shown, weight=weight)
@@ -395,7 +394,7 @@ class Learnt(Context):
             [replace(lesson(self.base, self.form, question, question.answers[0], [hit]), shown=shown) for hit in hits]
             for (question, hits), (shown, _) in zip(pairs, self.beside([one for one, _ in pairs]), strict=True)
         ]
-        reader = (self.base.hash, str(self.base.dtype), digest_of(self._learnt))
+        reader = (self.base.hash, str(self.base.dtype), digest_of(self._learnt.state_dict().values()))
         mark = fingerprint(__version__, reader, self.form.pieces("", ()), asdict(self.options), seed, found)
 
         def read(some: Sequence[list[Lesson]]) -> list[list[float]]:

@@ -22,7 +22,6 @@ from byheart.kv import KV
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import Answer, LearnReport, Progress
 from byheart.methods.controls import Context
-from byheart.methods.facts import to_measure
 from byheart.methods.prefix.cache import Block
 from byheart.methods.prefix.instances import NEAREST, Instances, instances_of, interpolated
 from byheart.methods.prefix.learnt import Learnt
@@ -80,7 +79,6 @@ class Prefix(Learnt):
         self._whole = self._made = self.slots = self.heads = self.tokens = self.likely = self.turn = None
         began = time.perf_counter()
         pairs: Pairs = ()
-        self.measured = to_measure(ledger)
         if self._asks:
             pairs, left_out = held(ledger, self.form, self._retriever, self.settings.segment)
             report = replace(report, skipped=left_out)
@@ -94,7 +92,7 @@ class Prefix(Learnt):
             asked = [one for one in ledger.questions(["train"]) if normalize(one.question) not in shown]
             self.instances = Instances(self.encoder, instances_of(asked, self._retriever))
         if self._trains:
-            report = self._tune(pairs, report, learning)
+            report = self._tune(ledger, pairs, report, learning)
             seconds, notes = seconds + report.seconds, (*notes, *report.notes)
         if self.options.realm:
             report = self._follow_reader(ledger, report)
@@ -166,9 +164,7 @@ class Prefix(Learnt):
 
     def passages(self, questions: Sequence[Question]) -> Sequence[Sequence[Passage] | str]:
         """The best ``k`` hits; a question that all prompts show with its answer is not asked."""
-        return self._but_shown(
-            questions, super().passages(questions) if self.options.passages == "retrieved" else [()] * len(questions)
-        )
+        return self._but_shown(questions, super().passages(questions) if self._searches else [()] * len(questions))
 
     def _but_shown(
         self, questions: Sequence[Question], given: Sequence[Sequence[Passage] | str]

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from byheart.base import digest_of
 from byheart.encoder import Encoder
 from byheart.kv import KV
-from byheart.methods.prefix.cache import Block, Cache, Few, digest_of
+from byheart.methods.prefix.cache import Block, Cache, Few
 from byheart.methods.prefix.known import Sums, known_of, places_of
 from byheart.segment import Passage
 
@@ -40,7 +41,7 @@ class Selected(Few):
     """
 
     def __init__(self, whole: Cache, count: int, likely: Likely, encoder: Encoder) -> None:
-        super().__init__(whole, count, f"selected, {digest_of(likely)}")
+        super().__init__(whole, count, f"selected, {digest_of(likely.state_dict().values())}")
         self._likely, self._encoder = likely, encoder
 
     def fresh(self, passages: Sequence[Block]) -> list[KV]:

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from byheart import kv
+from byheart.base import digest_of
 from byheart.encoder import Encoder
 from byheart.kv import KV, Rotation
-from byheart.methods.prefix.cache import Block, Cache, Made, digest_of
+from byheart.methods.prefix.cache import Block, Cache, Made
 from byheart.methods.prefix.known import Sums, known_of
 from byheart.storage import replacing
 
@@ -69,7 +70,7 @@ class Imitated(Made):
     """Passages in the columns that heads make for their tokens, at the place of the first passage."""
 
     def __init__(self, whole: Cache, heads: TokenHeads, encoder: Encoder) -> None:
-        super().__init__(whole, digest_of(heads))
+        super().__init__(whole, digest_of(heads.state_dict().values()))
         self._heads, self._encoder = heads, encoder
 
     def fresh(self, passages: Sequence[Block]) -> list[KV]:
