@@ -206,7 +206,8 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
     assert [c for c in run["cells"] if c not in short["cells"]] == [
         c for c in run["cells"] if (c["variant"], c["shots"]) == ("context", 2)
     ]
-    write_fever_report(tmp_path / "out")
+    page = write_fever_report(tmp_path / "out").read_text()
+    assert "page in the prompt, 2 shots, seed 1" in page and "too long" in page
     # The second time nothing is asked: all answers are kept.
     monkeypatch.setattr("byheart.benchmarks.fever_run.complete", None)
     again = run_fever(fever, base, tmp_path / "out", Settings(shots=0, options=options), plan)

@@ -29,6 +29,8 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
     for metric, title in _METRICS.items():
         rows = [[variant, *(_cell(cells.get((variant, n)), metric) for n in shots)] for variant in variants]
         yield title, ["memory", *(f"{n} shots" for n in shots)], rows
+    if run.get("left_out"):
+        yield "left out", ["", "why"], [[label, why] for label, why in run["left_out"].items()]
     only, most = run["controls"]["claim_only"], run["controls"]["majority"]
     yield (
         "controls that see no page",
