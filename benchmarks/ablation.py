@@ -64,14 +64,18 @@ def main(data: str, folder: str, names: list[str], shared: list[str]) -> None:
 
 
 def run(data: str, out: Path, name: str, shared: list[str]) -> bool:
-    """Run one, and say whether it ended well; index and ledger are the baseline's where windows are the same."""
+    """Run one, and say whether it ended well.
+
+    Where windows are the same, index and ledger are the baseline's; so is what it trained, taken where it fits.
+    """
     changed, arguments = VARIANTS[name]
     there = out / BASELINE
     if name != BASELINE and "--segment" not in arguments and not (out / name).exists():
         part = out / f".{name}"  # under its name it is whole
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(there / "index", part / "index")
-        shutil.copy2(there / "ledger.db", part)
+        for file in (there / "ledger.db", *there.glob("learnt-*.safetensors")):
+            shutil.copy2(file, part)
         part.rename(out / name)
     options = [part for key, value in (LEARNT | changed).items() for part in ("--set", f"prefix.{key}={value}")]
     options += [*arguments, *shared]

@@ -230,9 +230,10 @@ def test_terms_that_cannot_be_are_refused(tiny, tmp_path):
             prefix(tiny("llama"), tmp_path, **options)
 
 
-def test_a_training_that_is_done_reads_no_passage_again(tiny, ledger, tmp_path, monkeypatch):
+@pytest.mark.parametrize("answering", [{}, {"interpolate": 0.3}])
+def test_a_training_that_is_done_reads_no_passage_again(tiny, ledger, tmp_path, monkeypatch, answering):
     base = tiny("llama")
-    first, again = (prefix(base, tmp_path, slots=3, epochs=2) for _ in range(2))
+    first, again = (prefix(base, tmp_path, slots=3, epochs=2, **options) for options in ({}, answering))
     first.learn(ledger)
     monkeypatch.setattr(Cache, "fresh", lambda self, passages: pytest.fail("read again"))
     again.learn(ledger)

@@ -234,6 +234,13 @@ class Learnt(Context):
         return self.cache.past(passages, blocks, self.options.blend)
 
     @property
+    def _trained_by(self) -> PrefixOptions:
+        """The options but for those that training does not ask: with others of these, what is trained stays."""
+        # Without demonstrations a question is learnt behind one passage, and nothing is there to be blended.
+        blend = self.options.blend if self.options.demonstrations else 0.0
+        return replace(self.options, store="none", blend=blend, realm=0, interpolate=0.0)
+
+    @property
     def _keeps(self) -> bool:
         return self.options.store == "disk"
 
@@ -327,7 +334,7 @@ class Learnt(Context):
         learnt = nn.ModuleDict(dict(self._learnt) | ({} if heads is None else {"heads": heads}))
         # What is learnt begins as text of the ledger, so that another ledger gives another beginning.
         begin = digest_of(learnt.state_dict().values())
-        made_with = (__version__, base.hash, str(base.dtype), self.encoder.card.hash, asdict(options), seed)
+        made_with = (__version__, base.hash, str(base.dtype), self.encoder.card.hash, asdict(self._trained_by), seed)
         mark = fingerprint(made_with, self.form.pieces("", ()), found, begin)
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         store = self.work / f"learnt-{mark}.safetensors"
