@@ -66,7 +66,8 @@ def main(data: str, folder: str, names: list[str], shared: list[str]) -> None:
 def run(data: str, out: Path, name: str, shared: list[str]) -> bool:
     """Run one, and say whether it ended well.
 
-    Where windows are the same, index and ledger are the baseline's; so is what it trained, taken where it fits.
+    Where windows are the same, index and ledger are the baseline's. What others trained and fitted is there, too, and
+    is taken where it would become the same.
     """
     changed, arguments = VARIANTS[name]
     there = out / BASELINE
@@ -74,7 +75,8 @@ def run(data: str, out: Path, name: str, shared: list[str]) -> bool:
         part = out / f".{name}"  # under its name it is whole
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(there / "index", part / "index")
-        for file in (there / "ledger.db", *there.glob("learnt-*.safetensors")):
+        made = (file for kind in ("learnt", "fit") for file in out.glob(f"[!.]*/{kind}-*.safetensors"))
+        for file in (there / "ledger.db", *made):
             shutil.copy2(file, part)
         part.rename(out / name)
     options = [part for key, value in (LEARNT | changed).items() for part in ("--set", f"prefix.{key}={value}")]

@@ -165,7 +165,7 @@ def test_what_an_answer_keeps_behind_a_wrong_passage(tiny, ledger, tmp_path, how
     base = tiny("llama")
     method = prefix(base, tmp_path, slots=3, epochs=1, **how)
     method.learn(ledger)
-    pairs, _ = tuning.held(ledger, method.form, method._retriever, "288/64")
+    pairs, _ = tuning.held(ledger, method.form, method._retriever, "288/64", 1, 0)
     found, _ = tuning.lessons(pairs, base, method.form, method.beside)
 
     def distribution(one, passages):
@@ -238,6 +238,45 @@ def test_a_training_that_is_done_reads_no_passage_again(tiny, ledger, tmp_path, 
     monkeypatch.setattr(Cache, "fresh", lambda self, passages: pytest.fail("read again"))
     again.learn(ledger)
     assert all(torch.equal(one, other) for one, other in zip(first.slots.keys, again.slots.keys, strict=True))
+
+
+@pytest.mark.parametrize(("encoder", "count"), [("cache", 2), ("text", 1)])
+def test_questions_are_learnt_behind_what_they_are_asked_behind(tiny, ledger, tmp_path, monkeypatch, encoder, count):
+    settings = Settings(shots=0, k=2, options={"prefix.slots": "3", "prefix.epochs": "1", "prefix.encoder": encoder})
+    method, seen, plain = Prefix(tiny("llama"), settings, tmp_path), [], learnt.tune
+    monkeypatch.setattr(
+        learnt, "tune", lambda base, own, found, *rest: seen.extend(found) or plain(base, own, found, *rest)
+    )
+    method.learn(ledger)
+    ranked = method._retriever.retrieve([question for question, *_ in ASKED], count)
+    assert [list(one.passages) for one in seen] == ranked and all(len(one.passages) == count for one in seen)
+    if encoder == "cache":  # and so it is read, each passage in its place
+        asked = list(ledger.questions(["train"]))
+        samples = method._batch(seen, None).samples
+        for sample, job in zip(samples, method._jobs(asked, ranked), strict=True):
+            assert sample.start == job.past[-1].end
+            for mine, other in zip(sample.past, job.past[1:], strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(mine.keys, other.keys, strict=True))
+
+
+def test_a_passage_that_holds_the_answer_is_put_anywhere_among_those_that_do_not(tiny, ledger, tmp_path, monkeypatch):
+    method = prefix(tiny("llama"), tmp_path)
+    method.learn(ledger)
+    retriever = method._retriever
+    wrong = [Passage(name, "", "Nothing of the kind.", 0, 20) for name in "xyz"]
+    monkeypatch.setattr(type(retriever), "retrieve", lambda self, questions, k: [wrong[:k] for _ in questions])
+    places = set()
+    for seed in range(8):
+        pairs, _ = tuning.held(ledger, method.form, retriever, "288/64", 3, seed)
+        for question, passages in pairs:
+            (place,) = [n for n, one in enumerate(passages) if tuning.holds(one, question)]
+            assert passages[place].document == question.documents[0]
+            assert passages[:place] + passages[place + 1 :] == tuple(wrong[:place] + wrong[place + 1 :])
+            places.add(place)
+    assert places == {0, 1, 2}
+    ledger.insert([Question(id="none", question="Who?", answers=["nobody here"], documents=["quay"], split="train")])
+    (*_, (_, nothing)), _ = tuning.held(ledger, method.form, retriever, "288/64", 3, 0)
+    assert nothing == ()  # what is found does not help where the answer is nowhere
 
 
 # -- self-study ------------------------------------------------------------------------------------------------

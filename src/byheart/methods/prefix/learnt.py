@@ -38,6 +38,7 @@ from byheart.methods.prefix.tuning import (
     Lesson,
     Pairs,
     Terms,
+    holds,
     lesson,
     lessons,
     likelihoods,
@@ -289,7 +290,8 @@ class Learnt(Context):
 
     def _fit_likely(self, pairs: Pairs) -> str:
         """Fit what tells tokens of answers from others to passages that hold answers of training questions."""
-        some = [(passage, question.answers) for question, passage in pairs if passage is not None]
+        holding = ((question, next((one for one in some if holds(one, question)), None)) for question, some in pairs)
+        some = [(passage, question.answers) for question, passage in holding if passage is not None]
         if not some:
             raise DataError(
                 f"{self.name}: prefix.encoder=selected learns where answers stand, and the ledger has no training "

@@ -80,7 +80,8 @@ class Prefix(Learnt):
         began = time.perf_counter()
         pairs: Pairs = ()
         if self._asks:
-            pairs, left_out = held(ledger, self.form, self._retriever, self.settings.segment)
+            k = 1 if self.options.encoder == "text" else self.settings.k  # its heads make columns of one at a time
+            pairs, left_out = held(ledger, self.form, self._retriever, self.settings.segment, k, self.settings.seed)
             report = replace(report, skipped=left_out)
         if self.options.encoder == "selected":
             notes = (*notes, self._fit_likely(pairs))

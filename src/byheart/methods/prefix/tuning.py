@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +31,8 @@ from byheart.training import Orders, Recipe, Trained, train
 _END = "\n\n"
 # Of a question: others with their answers, and how much it counts.
 Beside = tuple[tuple[Example, ...], float]
-# Training questions, each with a passage that holds its answer where one does.
-Pairs = Sequence[tuple[Question, Passage | None]]
+# Training questions, each with passages of which one holds its answer; with none where none does.
+Pairs = Sequence[tuple[Question, tuple[Passage, ...]]]
 # What has been trained or fitted before moves in smaller steps than what is new: these shares of them, by name.
 _SLOW = {".text.": 0.01, "tokens.": 0.1}
 # Lessons read at once.
@@ -40,7 +41,7 @@ _READ = 16
 
 @dataclass(frozen=True)
 class Lesson:
-    """A question's tokens and those of an answer, with the passages that hold it.
+    """A question's tokens and those of an answer, with the passages that it stands behind.
 
     Attributes:
         group: what the fairness term tells questions apart by.
@@ -87,21 +88,33 @@ def to_learn_from(ledger: Ledger, form: PromptFormat) -> tuple[list[Question], d
     return asked, dict(left_out)
 
 
-def held(ledger: Ledger, form: PromptFormat, retriever: Retriever, segment: str) -> tuple[Pairs, dict[str, int]]:
-    """The training questions that can be learnt from, each with a passage that holds its answer; why others are not.
+def held(
+    ledger: Ledger, form: PromptFormat, retriever: Retriever, segment: str, k: int, seed: int
+) -> tuple[Pairs, dict[str, int]]:
+    """The training questions that can be learnt from, each with the passages it is learnt behind; why others are not.
 
-    The passage is the one that is found first, where it holds an answer, as it will be when questions are asked; else
-    a window of the question's own document that does; None where neither does, or the question names no document.
+    They are the first ``k`` that are found, as when questions are asked. Where none of these holds an answer, a window
+    of the question's own document that does takes the place of one that the seed draws, so that no place gives the
+    answer away; where there is no such window, or the question names no document, it has none.
     """
     asked, left_out = to_learn_from(ledger, form)
     named = [question for question in asked if question.documents]
-    ranked = iter(retriever.retrieve([question.question for question in named], 1) if named else [])
+    ranked = iter(retriever.retrieve([question.question for question in named], k) if named else [])
     found = []
     for question in asked:
         there = next(ranked) if question.documents else []
-        own = gold_passages(ledger, question, retriever.encoder.splitter, segment)
-        found.append((question, next((one for one in (*there, *own) if contains(one.text, question.answers)), None)))
+        if not any(holds(one, question) for one in there):
+            own = gold_passages(ledger, question, retriever.encoder.splitter, segment)
+            instead = next((one for one in own if holds(one, question)), None)
+            place = random.Random(f"{seed}/{question.id}").randrange(max(len(there), 1))
+            there = [] if instead is None else [*there[:place], instead, *there[place + 1 :]]
+        found.append((question, tuple(there)))
     return found, left_out
+
+
+def holds(passage: Passage, question: Question) -> bool:
+    """Whether one of a question's answers stands in a passage."""
+    return bool(contains(passage.text, question.answers))
 
 
 def lessons(
@@ -112,7 +125,7 @@ def lessons(
     *,
     needed: bool = True,
 ) -> tuple[list[Lesson], dict[str, int]]:
-    """A lesson for each question behind its passage (see :func:`held`); why others are left out, counted.
+    """A lesson for each question behind its passages (see :func:`held`); why others are left out, counted.
 
     Where passages are not ``needed``, a question that has none is a lesson without.
 
@@ -121,15 +134,15 @@ def lessons(
     """
     left_out = Counter(
         "no passage holds its answer" if question.documents else "names no document"
-        for question, passage in pairs
-        if passage is None and needed
+        for question, passages in pairs
+        if not passages and needed
     )
-    taken = [pair for pair in pairs if pair[1] is not None or not needed]
+    taken = [pair for pair in pairs if pair[1] or not needed]
     found = []
-    for (question, passage), (shown, weight) in zip(taken, beside([one for one, _ in taken]), strict=True):
+    for (question, passages), (shown, weight) in zip(taken, beside([one for one, _ in taken]), strict=True):
         answers = question.answers
-        answer = next((text for text in answers if passage and contains(passage.text, [text])), answers[0])
-        made = lesson(base, form, question, answer, () if passage is None else (passage,))
+        answer = next((text for text in answers if any(contains(one.text, [text]) for one in passages)), answers[0])
+        made = lesson(base, form, question, answer, passages)
         found.append(replace(made, shown=shown, weight=weight))
     return found, dict(left_out)
 
