@@ -237,9 +237,7 @@ class Learnt(Context):
     @property
     def _trained_by(self) -> PrefixOptions:
         """The options but for those that training does not ask: with others of these, what is trained stays."""
-        # Without demonstrations a question is learnt behind one passage, and nothing is there to be blended.
-        blend = self.options.blend if self.options.demonstrations else 0.0
-        return replace(self.options, store="none", blend=blend, realm=0, interpolate=0.0)
+        return replace(self.options, store="none", realm=0, interpolate=0.0)
 
     @property
     def _keeps(self) -> bool:
