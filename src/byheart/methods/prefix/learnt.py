@@ -402,7 +402,7 @@ class Learnt(Context):
             for (question, hits), (shown, _) in zip(pairs, self.beside([one for one, _ in pairs]), strict=True)
         ]
         reader = (self.base.hash, str(self.base.dtype), digest_of(self._learnt.state_dict().values()))
-        mark = fingerprint(__version__, reader, self.form.pieces("", ()), asdict(self.options), seed, found)
+        mark = fingerprint(__version__, reader, self.form.pieces("", ()), asdict(self._trained_by), seed, found)
 
         def read(some: Sequence[list[Lesson]]) -> list[list[float]]:
             with torch.no_grad():
