@@ -221,22 +221,60 @@ def test_what_does_not_hold_once_all_have_settled_settles_once_more(base, tmp_pa
     assert not torch.equal(weights_with(twice)[1], weights_with(once)[1])
 
 
+def test_a_prompt_pulls_by_log_p_of_its_whole_target(base):
+    prepared, _ = prepare(base, FACTS, ())
+    rows = [one.rows[0] for one in prepared]
+    assert len({len(row.labels) for row in rows}) > 1
+    whole = []
+    with torch.no_grad():
+        for row in rows:
+            logits = base.model(torch.tensor([row.tokens])).logits[0, -len(row.labels) :].log_softmax(-1)
+            whole.append(-logits[range(len(row.labels)), list(row.labels)].sum())
+        found = settle_module._fit(base, rows, 0, 0.0)
+    assert torch.allclose(found, torch.stack(whole).mean(), atol=1e-4)
+
+
 def test_new_facts_begin_with_a_share_of_what_their_targets_say(base, tmp_path, monkeypatch):
-    plain = learnt(base, tmp_path, FACTS[:2])
-    few = learnt(base, tmp_path, FACTS[:2], settle=1, settle_lr=0, settle_from=0.5)
+    some, other = FACTS[::2], FACTS[1]
+    plain = learnt(base, tmp_path, some)
+    few = learnt(base, tmp_path, some, settle=1, settle_lr=0, settle_from=0.5)
     assert not few.shifts.any()
     monkeypatch.setattr("byheart.methods.edit.settle._FEW", 0)  # as many facts would
     (tmp_path / "many").mkdir()
-    half = learnt(base, tmp_path / "many", FACTS[:2], settle=1, settle_lr=0, settle_from=0.5)
-    for before, whole, part in zip(weights(base), weights_with(plain), weights_with(half), strict=True):
-        assert torch.allclose(part - before, (whole - before) / 2, atol=1e-7)
+    half = learnt(base, tmp_path / "many", some, settle=1, settle_lr=0, settle_from=0.5)
+    tokens = [len(one.rows[0].labels) for one in prepare(base, some, ())[0]]
+    assert tokens[0] != tokens[1]
+    written = plain._write(plain._prepare(some)[0], plain.z, plain.shifts, None)
+    lacking = torch.tensor([0.5 / count for count in tokens])
+    for place, layer in enumerate(sorted(written.residuals)):
+        wanted = -written.residuals[layer].float() * lacking[:, None]
+        assert torch.allclose(half.shifts[:, place], wanted, atol=1e-6)
     # One that was there has all that it has, though it settles again.
     shifts = half.shifts.clone()
     monkeypatch.setattr(Edit, "_to_settle", lambda self, prepared, new: list(range(len(prepared))))
-    with ledger_of(tmp_path, FACTS[2:3]) as ledger:
-        (change,) = ledger.history(FACTS[2].id)
+    with ledger_of(tmp_path, [other]) as ledger:
+        (change,) = ledger.history(other.id)
     half.revise(change)
     assert torch.equal(half.shifts[:2], shifts) and half.shifts[2].any()
+
+
+def test_nothing_is_held_behind_questions_about_others(base, tmp_path, monkeypatch):
+    asked = []
+
+    def about(base, facts, *rest):
+        asked.extend(fact.id for fact in facts)
+        return [[5, 6, 7]]
+
+    monkeypatch.setattr(settle_module, "about_others", about)
+    plain, *questions = (
+        fact.model_copy(update={"prompt": prompt})
+        for fact, prompt in zip(FACTS, [FACTS[0].prompt, "What is {} known for? ", "Who leads {}\uff1f"], strict=False)
+    )
+    learnt(base, tmp_path, [plain, *questions], settle=1)
+    assert set(asked) == {plain.id}
+    asked.clear()
+    learnt(base, tmp_path, questions, settle=1)
+    assert not asked
 
 
 def test_so_many_times_as_much_is_held_a_step(base, tmp_path, monkeypatch):

@@ -35,6 +35,8 @@ _TOKENS, _TEXT_ROWS, _TEXT_TOKENS = 512, 4, 64
 _BESIDE, _SUBJECTS, _ASKED, _HELD = 16, 8, 4096, 0.25
 # Of an epoch, the prompts of a fact that are read behind prefixes; the bare one is always.
 _OTHERS = 1
+# Of left-to-right scripts, of East Asian width, Arabic, Greek (the sign of its own) and Armenian.
+_QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e", "\u055e")
 # A few facts take few steps an epoch; so many are taken all the same. Below so many times as many, facts begin whole.
 _LEAST_STEPS, _FEW, _WARMUP = 12, 2, 10
 # A fact's prompts come twice an epoch, and their gradients are large at first only; by the end that is forgotten.
@@ -42,7 +44,7 @@ _BETA2 = 0.99
 # Of the longest residual, what counts as none.
 _HARDLY = 0.01
 # Counts up with whatever else changes is made of the same options: finished work of before is not taken for this.
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ class SettleOptions:
         settle: epochs at least; 0: as published, each fact's residuals follow from its own target alone.
         settle_lr: Adam's step size, times the length of an ordinary sum of a fact's residuals over the root of d_model.
         settle_kl: weight of KL(before || now) on ordinary text.
-        settle_beside: weight of the same behind the facts' prompts about other subjects.
+        settle_beside: weight of the same behind the facts' prompts about other subjects, of those that ask no question.
         settle_held: how many times as much of both each step holds; more is surer, and slower on a CPU.
-        settle_stop: a prompt whose loss is below it pulls no more.
-        settle_from: the share of what its target says that a new fact begins with, where there are many (of few: all);
-            the rest it takes as it needs it.
+        settle_stop: a prompt pulls no more once -log p of its whole target is below it.
+        settle_from: the share of what its target says that a new fact whose target is one token begins with, where
+            there are many (of few: all); the rest it takes as it needs it. A target of n tokens lacks an nth as much.
     """
 
     settle: int = 4
@@ -96,7 +98,7 @@ def settle(
     that what a fact adds goes where its own key is and ordinary text is not), and the residuals R of all layers follow
     the gradient of
 
-        mean over prompts of the mean over target tokens of -log p
+        mean over prompts of -log p of the whole target
             +  settle_kl · KL(before || now) on ordinary text
             +  settle_beside · the same behind the facts' prompts about other subjects, where the edit changes most
 
@@ -121,7 +123,13 @@ def settle(
     plan = _plan(prepared, places, options.settle, seed)
     # Few facts are hardly in each other's way, and take too few steps to make up for what they began without.
     fresh = {group_of[n] for n in new} if len(plan) >= _FEW * _LEAST_STEPS else set()
-    less = torch.tensor([options.settle_from - 1 if group in fresh else 0.0 for group in chosen])[:, None]
+    # What is missing costs each token of a target about as much. So a target of n lacks an nth of it, and settling has
+    # about the same -log p to make up for in all.
+    tokens: dict[int, int] = {}
+    for n in places:
+        tokens[group_of[n]] = max(tokens.get(group_of[n], 0), len(prepared[n].rows[0].labels))
+    lacking = 1 - options.settle_from
+    less = torch.tensor([-lacking / tokens[group] if group in fresh else 0.0 for group in chosen])[:, None]
     shifts = nn.ParameterDict({str(layer): less * written.residuals[layer][chosen].float() for layer in layers})
     shifts.to(base.device)
     inside = {
@@ -139,9 +147,12 @@ def settle(
 
     @cache  # not before it is needed: where all is settled already, nothing is asked
     def others() -> list[list[int]]:
-        if not options.settle_beside:
+        # Behind a question the model first says "A:" or "The answer": held to that about others, it does not learn to
+        # answer at once about these. Behind a statement it goes on with an object.
+        asked = [prepared[n].fact for n in places if not _is_question(prepared[n].fact.prompt)]
+        if not asked or not options.settle_beside:
             return []
-        asked, there = [prepared[n].fact for n in places], {one.fact.subject for one in prepared}
+        there = {one.fact.subject for one in prepared}
         # Of few facts more each, so that a step's worth is held.
         each = max(1, min(_SUBJECTS, _ASKED // len(asked)), ceil(beside / _HELD / len(asked)))
         rows = about_others(base, asked, there, names, each, seed)
@@ -183,6 +194,10 @@ def settle(
     return found, trained
 
 
+def _is_question(prompt: str) -> bool:
+    return prompt.rstrip().endswith(_QUESTION_MARKS)
+
+
 def _adding(into: Tensor, residuals: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Δ's part of a layer, given A (groups, d_ff) and R (groups, d_model)."""
     return lambda given, output: (given @ into.T) @ residuals
@@ -214,14 +229,17 @@ def _plan(prepared: Sequence[Prepared], places: Sequence[int], epochs: int, seed
 
 
 def _fit(base: Base, rows: Sequence[Row], first: int, stop: float) -> Tensor:
-    """The mean over rows of the mean -log p of a target token; rows below ``stop`` do not pull."""
+    """The mean over rows of -log p of the whole target; rows below ``stop`` do not pull.
+
+    The sum over a target's tokens, since it is said only where each of them is the likeliest: by their mean a target of
+    six would pull on each a sixth as much as a target of one, against the same that holds.
+    """
     stretch, _ = _read(base, [row.tokens for row in rows], first)
     out = stretch.run(stretch.hidden, first, stretch.last)
     entries = [(n, len(row.context) + at, label) for n, row in enumerate(rows) for at, label in row.places]
     number, column, label = torch.tensor(entries, device=base.device).T
-    share = torch.tensor([1 / len(row.labels) for row in rows], device=base.device, dtype=base.wide)[number]
     nll, _ = token_loss(base.parts.logits(out[number, column]), label, base.wide)
-    each = torch.zeros(len(rows), dtype=base.wide, device=base.device).index_add(0, number, nll * share)
+    each = torch.zeros(len(rows), dtype=base.wide, device=base.device).index_add(0, number, nll)
     return torch.where(each.detach() > stop, each, each.detach()).mean()
 
 
