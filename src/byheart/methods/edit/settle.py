@@ -35,7 +35,7 @@ _TOKENS, _TEXT_ROWS, _TEXT_TOKENS = 512, 4, 64
 _BESIDE, _SUBJECTS, _ASKED, _HELD = 16, 8, 4096, 0.25
 # Of an epoch, the prompts of a fact that are read behind prefixes; the bare one is always.
 _OTHERS = 1
-# Of left-to-right scripts, of East Asian width, Arabic, Greek (the sign of its own) and Armenian.
+# The common one, and those of East Asian width, Arabic, Greek and Armenian.
 _QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e", "\u055e")
 # A few facts take few steps an epoch; so many are taken all the same. Below so many times as many, facts begin whole.
 _LEAST_STEPS, _FEW, _WARMUP = 12, 2, 10
@@ -147,8 +147,8 @@ def settle(
 
     @cache  # not before it is needed: where all is settled already, nothing is asked
     def others() -> list[list[int]]:
-        # Behind a question the model first says "A:" or "The answer": held to that about others, it does not learn to
-        # answer at once about these. Behind a statement it goes on with an object.
+        # Held behind questions about others, facts that are asked are said less, and reworded ones far less
+        # (docs/results.md); behind statements it is what spares neighbours.
         asked = [prepared[n].fact for n in places if not _is_question(prepared[n].fact.prompt)]
         if not asked or not options.settle_beside:
             return []
