@@ -246,9 +246,14 @@ def test_new_facts_begin_with_a_share_of_what_their_targets_say(base, tmp_path, 
     assert tokens[0] != tokens[1]
     written = plain._write(plain._prepare(some)[0], plain.z, plain.shifts, None)
     lacking = torch.tensor([0.5 / count for count in tokens])
+    changed = dict(enumerate(zip(weights(base), weights_with(half), strict=True)))
     for place, layer in enumerate(sorted(written.residuals)):
-        wanted = -written.residuals[layer].float() * lacking[:, None]
-        assert torch.allclose(half.shifts[:, place], wanted, atol=1e-6)
+        missing = written.residuals[layer].float() * lacking[:, None]
+        assert torch.allclose(half.shifts[:, place], -missing, atol=1e-6)
+        before, part = changed.pop(layer)
+        begun = (written.residuals[layer].float() - missing).T @ written.maps[layer].float()
+        assert torch.allclose(part - before, begun, atol=1e-7)
+    assert all(torch.equal(before, part) for before, part in changed.values())
     # One that was there has all that it has, though it settles again.
     shifts = half.shifts.clone()
     monkeypatch.setattr(Edit, "_to_settle", lambda self, prepared, new: list(range(len(prepared))))

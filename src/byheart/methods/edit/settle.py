@@ -123,8 +123,7 @@ def settle(
     plan = _plan(prepared, places, options.settle, seed)
     # Few facts are hardly in each other's way, and take too few steps to make up for what they began without.
     fresh = {group_of[n] for n in new} if len(plan) >= _FEW * _LEAST_STEPS else set()
-    # What is missing costs each token of a target about as much. So a target of n lacks an nth of it, and settling has
-    # about the same -log p to make up for in all.
+    # A target of several tokens is further off without half of its residuals than one of a single token: it lacks less.
     tokens: dict[int, int] = {}
     for n in places:
         tokens[group_of[n]] = max(tokens.get(group_of[n], 0), len(prepared[n].rows[0].labels))
