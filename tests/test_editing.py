@@ -2,12 +2,13 @@
 
 import json
 import math
+from itertools import chain
 
 import pytest
 
 from byheart.base import make_base
 from byheart.benchmarks.edit_run import Plan, _means, run_editing, score_cases
-from byheart.benchmarks.editing import Case, Probe, counterfact, question_cases, same_subject, zsre
+from byheart.benchmarks.editing import Case, Probe, counterfact, crossed, question_cases, same_subject, zsre
 from byheart.cli.benchmarks import _ordinary_rows
 from byheart.decode import Job, Sampling, complete
 from byheart.edit_report import grids, write_edit_report
@@ -225,6 +226,46 @@ def test_metrics_are_those_of_the_probes_likelihoods(tiny):
     assert row["metrics"]["es_magnitude"] == pytest.approx(new - old, rel=1e-4)
     (port,) = complete(base, [Job("So is Ebb", (" a town",))], max_new_tokens=0)
     assert row["metrics"]["portability"] == port.hits[0]
+
+
+def case_of(subject, prompt, object):
+    return Case(Fact(id=f"{subject}: {prompt}", subject=subject, prompt=prompt, object=object), ())
+
+
+def test_prompts_about_others_are_such_that_nothing_edited_answers_them():
+    cases = [
+        case_of("Ebb", "{} is", "a town"),
+        case_of("Ebb", "{} was", "Ann"),  # the same subject
+        case_of("Pell Cove", "{} is", "a light"),  # the same prompt
+        case_of("Tole", "{} has", "a town"),  # the same object
+        case_of("Hathersund", "{} lies in", "Vell"),
+    ]
+    assert crossed(cases, 0) == crossed(cases, 0)
+    edited = {case.fact.filled() for case in cases}
+    found = [crossed(cases, seed) for seed in range(5)]
+    assert all([n for n, _, _ in some] == [0, 1, 2, 3, 4] for some in found)
+    for n, m, prompt in chain.from_iterable(found):
+        one, other = cases[n].fact, cases[m].fact
+        assert one.subject != other.subject and one.prompt != other.prompt and one.object != other.object
+        assert prompt == one.filled().replace(one.subject, other.subject) and prompt not in edited
+    assert crossed(cases[:2], 0) == [] == crossed(cases[:1], 0)
+    # Not where another of its facts is asked in these very words.
+    cases = [case_of("Ebb", "{} is", "a"), case_of("Tole", "{} has", "b"), case_of("Tole", "{} is", "c")]
+    assert crossed(cases, 0) == [(1, 0, "Ebb has")]
+
+
+def test_a_leak_is_an_edits_object_said_of_another_or_to_another_prompt(tiny):
+    base = tiny("llama")
+    said, *_ = complete(base, [Job("Hathersund is")], max_new_tokens=16)[0].text.split()
+    other, *_ = complete(base, [Job("Ebb lies in")], max_new_tokens=16)[0].text.split()
+
+    def leaks(first, second):
+        cases = [case_of("Ebb", "{} is", first), case_of("Hathersund", "{} lies in", second)]
+        metrics = [row["metrics"] for row in score_cases(base, cases, 0, 0, Silent(), "x")]
+        return [(row["leak"], row["leak_subject"]) for row in metrics]
+
+    assert leaks(said, "x") == [(1, 0), (0, other == said)]
+    assert leaks("x", said) == [(0, 1), (other == said, 0)]
 
 
 def test_sampling_depends_on_seed_and_place_and_not_on_the_batch(tiny):

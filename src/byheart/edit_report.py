@@ -28,6 +28,8 @@ MAIN = (
     ("portability", "portability"),
     ("generated", "said"),
     ("generated_paraphrase", "said, paraphrase"),
+    ("leak", "leak, prompt"),
+    ("leak_subject", "leak, subject"),
     ("ge", "GE"),
     ("rs", "RS"),
     ("perplexity_drift", "perplexity"),
@@ -167,7 +169,9 @@ def _note(title: str, run: dict[str, Any]) -> str:
         "p(true) > p(new) on neighbourhood prompts; S: their harmonic mean; mag.: the difference of the two; acc.: all "
     )
     closed += (
-        "target tokens are the likeliest; said: the freely generated answer begins with the new object. 95 % intervals."
+        "target tokens are the likeliest; said: the freely generated answer begins with the new object; leak: so does "
+        "that to the same prompt about another edit's subject, or to another edit's prompt about the same subject. "
+        "95 % intervals."
     )
     return closed + "".join(f" Not measured: {one}." for one in run.get("unmeasured", []))
 

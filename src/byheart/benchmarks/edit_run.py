@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from byheart.base import Base
-from byheart.benchmarks.editing import Case, Probe
+from byheart.benchmarks.editing import Case, Probe, crossed
 from byheart.compare import made_with, means, run_record
 from byheart.decode import Job, Sampling, complete
 from byheart.ledger import Ledger
@@ -44,7 +44,7 @@ _OVERLAP = {
     "neighbourhood": "specificity",
     "portability": "portability",
 }
-PAIRED = ("es", "ps", "ns", "efficacy", "paraphrase", "specificity", "portability", "generated", "ge")
+PAIRED = ("es", "ps", "ns", *_OVERLAP.values(), "generated", "leak", "leak_subject", "ge")
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,11 @@ def _in_batches(
 def score_cases(
     base: Base, cases: Sequence[Case], seed: int, texts: int, show: Silent, label: str
 ) -> list[dict[str, Any]]:
-    """Each case's metrics, with what the model wrote after the edit prompt and its paraphrases."""
+    """Each case's metrics, with what the model wrote after the edit prompt and its paraphrases.
+
+    ``leak`` and ``leak_subject`` say of its prompt about the subject of another case (:func:`crossed`) whether the
+    model writes its own object, or the other's.
+    """
     probes = [(n, probe) for n, case in enumerate(cases) for probe in case.probes]
     jobs = [Job(p.prompt, tuple(f" {text}" for text in (p.wanted, p.rival) if text is not None)) for _, p in probes]
     with show.bar(f"{label}: probes", len(jobs)) as tick:
@@ -191,6 +195,10 @@ def score_cases(
     asked = [(n, probe) for n, probe in probes if probe.kind in ("edit", "paraphrase")]
     with show.bar(f"{label}: generated answers", len(asked)) as tick:
         written = complete(base, [Job(p.prompt) for _, p in asked], max_new_tokens=ANSWER_TOKENS, on_done=tick)
+    crossings = crossed(cases, seed)
+    with show.bar(f"{label}: asked about others", len(crossings)) as tick:
+        jobs = [Job(prompt) for _, _, prompt in crossings]
+        leaked = complete(base, jobs, max_new_tokens=ANSWER_TOKENS, on_done=tick)
     values: list[dict[str, list[float]]] = [{} for _ in cases]
     for (n, probe), done in zip(probes, scored, strict=True):
         for name, value in _probe_metrics(probe, done.options, done.hits):
@@ -198,16 +206,22 @@ def score_cases(
     answers: list[list[str]] = [[] for _ in cases]
     for (n, probe), done in zip(asked, written, strict=True):
         suffix = "" if probe.kind == "edit" else "_paraphrase"
-        begins = (normalize(done.text) + " ").startswith(normalize(probe.wanted) + " ")
-        values[n].setdefault(f"generated{suffix}", []).append(float(begins))
+        values[n].setdefault(f"generated{suffix}", []).append(_begins(done.text, probe.wanted))
         values[n].setdefault(f"generated_contains{suffix}", []).append(contains(done.text, [probe.wanted]))
         answers[n].append(done.text)
+    for (n, m, _), done in zip(crossings, leaked, strict=True):
+        values[n]["leak"] = [_begins(done.text, cases[n].fact.object)]
+        values[n]["leak_subject"] = [_begins(done.text, cases[m].fact.object)]
     for n, name, value in _text_metrics(base, cases, seed, texts, show, label):
         values[n].setdefault(name, []).append(value)
     return [
         {"metrics": {name: sum(v) / len(v) for name, v in row.items()}, "generated": said}
         for row, said in zip(values, answers, strict=True)
     ]
+
+
+def _begins(text: str, wanted: str) -> float:
+    return float((normalize(text) + " ").startswith(normalize(wanted) + " "))
 
 
 def _probe_metrics(probe: Probe, options: tuple[float, ...], hits: tuple[float, ...]) -> Iterator[tuple[str, float]]:

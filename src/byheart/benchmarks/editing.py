@@ -179,6 +179,30 @@ def same_subject(cases: Sequence[Case], size: int, sets: int, seed: int) -> list
     return made
 
 
+def crossed(cases: Sequence[Case], seed: int) -> list[tuple[int, int, str]]:
+    """Each case's prompt about the subject of another, drawn so that subjects, prompts and objects of the two differ.
+
+    What an edit says there leaks: the first one's object is said of whoever its prompt is about, the other's to
+    whatever its subject is asked.
+
+    Returns:
+        Places of the two cases, and the prompt; nothing of a case that finds no other, nor of a prompt that is edited.
+    """
+    order = list(range(len(cases)))
+    random.Random(seed).shuffle(order)
+    edited = {(case.fact.subject, case.fact.prompt) for case in cases}
+    found = []
+    for place, n in enumerate(order):
+        fact = cases[n].fact
+        for m in order[place + 1 :] + order[:place]:
+            other = cases[m].fact
+            same = (getattr(fact, name) == getattr(other, name) for name in ("subject", "prompt", "object"))
+            if not any(same) and (other.subject, fact.prompt) not in edited:
+                found.append((n, m, fact.model_copy(update={"subject": other.subject}).filled()))
+                break
+    return sorted(found)
+
+
 def _records(path: Path, needed: Iterable[str], make: Callable[[int, dict[str, Any]], Case]) -> Records:
     records = Records([])
     for number, row in read_objects(path, needed):
