@@ -152,6 +152,7 @@ def test_the_prompt_is_one_format_for_all(tokenizer):
     )
     assert form.prompt("so?", None, ["yes", "no"]) == "Question: So?\nOptions: yes; no\nAnswer:"
     assert as_sentence(" what  is ____") == "What is ____?"
+    assert as_sentence("誰が燈臺を守るか？") == "誰が燈臺を守るか？"
     with pytest.raises(UsageError, match="no chat template"):
         PromptFormat(tokenizer, chat=True)
 

@@ -23,6 +23,8 @@ _EXAMPLE_WORDS = 4
 _EXAMPLE_SEGMENT = "64/32"
 _EXAMPLE_POOL = 8
 _BETWEEN = "\n\n"
+# The common one, and those of East Asian width, Arabic, Greek and Armenian.
+_QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e", "\u055e")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,12 @@ def as_sentence(question: str) -> str:
     """A question with a capital and a question mark (web queries have neither)."""
     text = " ".join(question.split())
     text = text[:1].upper() + text[1:]
-    return text if text.endswith(("?", ".", "!", ":")) else f"{text}?"
+    return text if is_question(text) or text.endswith((".", "!", ":")) else f"{text}?"
+
+
+def is_question(text: str) -> bool:
+    """Whether a text ends in a question mark, of whatever script."""
+    return text.rstrip().endswith(_QUESTION_MARKS)
 
 
 def choose_examples(ledger: Ledger, shots: int, seed: int, tokenizer: Tokenizer) -> list[Example]:

@@ -25,6 +25,7 @@ from byheart.methods.edit.weights import changed_by
 from byheart.methods.edit.write import Written
 from byheart.padding import right_padded
 from byheart.progress import scaled
+from byheart.prompt import is_question
 from byheart.surgery import widened
 from byheart.training import Recipe, Trained, train
 
@@ -35,8 +36,6 @@ _TOKENS, _TEXT_ROWS, _TEXT_TOKENS = 512, 4, 64
 _BESIDE, _SUBJECTS, _ASKED, _HELD = 16, 8, 4096, 0.25
 # Of an epoch, the prompts of a fact that are read behind prefixes; the bare one is always.
 _OTHERS = 1
-# The common one, and those of East Asian width, Arabic, Greek and Armenian.
-_QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e", "\u055e")
 # A few facts take few steps an epoch; so many are taken all the same. Below so many times as many, facts begin whole.
 _LEAST_STEPS, _FEW, _WARMUP = 12, 2, 10
 # A fact's prompts come twice an epoch, and their gradients are large at first only; by the end that is forgotten.
@@ -148,7 +147,7 @@ def settle(
     def others() -> list[list[int]]:
         # Held behind questions about others, facts that are asked are said less, and reworded ones far less
         # (docs/results.md); behind statements it is what spares neighbours.
-        asked = [prepared[n].fact for n in places if not _is_question(prepared[n].fact.prompt)]
+        asked = [prepared[n].fact for n in places if not is_question(prepared[n].fact.prompt)]
         if not asked or not options.settle_beside:
             return []
         there = {one.fact.subject for one in prepared}
@@ -191,10 +190,6 @@ def settle(
     for place, layer in enumerate(layers):
         found[chosen, place] = shifts[str(layer)].detach().float().cpu()
     return found, trained
-
-
-def _is_question(prompt: str) -> bool:
-    return prompt.rstrip().endswith(_QUESTION_MARKS)
 
 
 def _adding(into: Tensor, residuals: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -16,7 +16,7 @@ from byheart.decode import option_ids
 from byheart.ledger import Ledger
 from byheart.methods.facts import as_measured, choose_facts
 from byheart.methods.memory.states import Row
-from byheart.prompt import PromptFormat
+from byheart.prompt import PromptFormat, is_question
 from byheart.rows import SUBJECT_PLACE, Document, Kind, Question
 from byheart.rows import Row as LedgerRow
 
@@ -107,7 +107,7 @@ def _asked(
 
 def question_forms(text: str) -> list[str]:
     """Questions (in English) that ask for what ``text``, the beginning of a statement, would go on with."""
-    if text.endswith("?"):
+    if is_question(text):
         return [text]
     found = _COPULA.match(text)
     if found is None:
