@@ -67,6 +67,11 @@ def contains(answer: str, golds: Sequence[str]) -> float:
     return float(any(normalize(gold) and f" {normalize(gold)} " in padded for gold in golds))
 
 
+def begins(answer: str, gold: str) -> float:
+    """1 where the answer begins with ``gold`` as whole words, both normalised, else 0."""
+    return float(f"{normalize(answer)} ".startswith(f"{normalize(gold)} "))
+
+
 def abstained(answer: str) -> float:
     """1 where the answer declines to answer, else 0."""
     return float(normalize(answer) in ABSTENTIONS)

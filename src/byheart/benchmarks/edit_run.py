@@ -23,10 +23,10 @@ from byheart.perplexity import perplexity
 from byheart.progress import Silent
 from byheart.score import (
     RESAMPLES,
+    begins,
     contains,
     generation_entropy,
     harmonic_mean,
-    normalize,
     paired_difference,
     reference_score,
 )
@@ -44,7 +44,7 @@ _OVERLAP = {
     "neighbourhood": "specificity",
     "portability": "portability",
 }
-PAIRED = ("es", "ps", "ns", *_OVERLAP.values(), "generated", "leak", "leak_subject", "ge")
+PAIRED = (*_SUCCESS.values(), *_OVERLAP.values(), "generated", "leak", "leak_subject", "ge")
 
 
 @dataclass(frozen=True)
@@ -206,22 +206,18 @@ def score_cases(
     answers: list[list[str]] = [[] for _ in cases]
     for (n, probe), done in zip(asked, written, strict=True):
         suffix = "" if probe.kind == "edit" else "_paraphrase"
-        values[n].setdefault(f"generated{suffix}", []).append(_begins(done.text, probe.wanted))
+        values[n].setdefault(f"generated{suffix}", []).append(begins(done.text, probe.wanted))
         values[n].setdefault(f"generated_contains{suffix}", []).append(contains(done.text, [probe.wanted]))
         answers[n].append(done.text)
     for (n, m, _), done in zip(crossings, leaked, strict=True):
-        values[n]["leak"] = [_begins(done.text, cases[n].fact.object)]
-        values[n]["leak_subject"] = [_begins(done.text, cases[m].fact.object)]
+        values[n]["leak"] = [begins(done.text, cases[n].fact.object)]
+        values[n]["leak_subject"] = [begins(done.text, cases[m].fact.object)]
     for n, name, value in _text_metrics(base, cases, seed, texts, show, label):
         values[n].setdefault(name, []).append(value)
     return [
         {"metrics": {name: sum(v) / len(v) for name, v in row.items()}, "generated": said}
         for row, said in zip(values, answers, strict=True)
     ]
-
-
-def _begins(text: str, wanted: str) -> float:
-    return float((normalize(text) + " ").startswith(normalize(wanted) + " "))
 
 
 def _probe_metrics(probe: Probe, options: tuple[float, ...], hits: tuple[float, ...]) -> Iterator[tuple[str, float]]:

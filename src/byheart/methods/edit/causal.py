@@ -17,7 +17,7 @@ from byheart.decode import Job, complete
 from byheart.methods.edit.layers import WIDTH
 from byheart.methods.edit.prompts import find_lookup, prompt_text, tokenize
 from byheart.rows import SUBJECT_PLACE, Fact
-from byheart.score import normalize
+from byheart.score import begins
 from byheart.surgery import altered, observed
 
 Part = Literal["hidden", "mlp", "attention"]
@@ -47,11 +47,7 @@ class Traced:
 def known_facts(base: Base, facts: Sequence[Fact]) -> list[Fact]:
     """The facts whose object the model says by itself, greedily, right after the prompt."""
     done = complete(base, [Job(prompt_text(fact)) for fact in facts], max_new_tokens=8)
-    return [
-        fact
-        for fact, one in zip(facts, done, strict=True)
-        if (normalize(one.text) + " ").startswith(normalize(fact.object) + " ")
-    ]
+    return [fact for fact, one in zip(facts, done, strict=True) if begins(one.text, fact.object)]
 
 
 def trace(
