@@ -23,13 +23,14 @@ from byheart.methods.edit import settle as settle_module
 from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, trace
 from byheart.methods.edit.common_facts import common_facts
 from byheart.methods.edit.covariance import token_counts
+from byheart.methods.edit.ends import asks_for_an_end, closing_tokens
 from byheart.methods.edit.export import export_merged, export_peft
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.mend import Mend
 from byheart.methods.edit.method import Edit
 from byheart.methods.edit.others import about_others, names_in
 from byheart.methods.edit.prompts import find_lookup, prepare, prompt_text, target_text, tokenize
-from byheart.methods.edit.settle import _changed_most
+from byheart.methods.edit.settle import SettleOptions, _changed_most
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.write import Reader
 from byheart.padding import right_padded
@@ -192,13 +193,18 @@ def test_what_an_edit_changes_most_is_held_still(base):
     assert _changed_most(base, rows, lambda: widened(out, changed), 0) == [rows[6], rows[3]]
 
 
+def completed(job, hits, more="."):
+    """A job's option as if said, with what the model goes on with, where all of its tokens are the likeliest."""
+    return Completion(f"{job.options[0].strip()}{more}" if hits == 1 else "", 0.0, (0.0,), (hits,), 0, 0, 0.0)
+
+
 def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, monkeypatch):
     method = learnt(base, tmp_path, FACTS[:2], settle=2)
     shifts = method.shifts.clone()
     for new, hits, kept in ((FACTS[2], 1.0, True), (FACTS[3], 0.5, False)):
         monkeypatch.setattr(
             "byheart.methods.edit.guard.complete",
-            lambda base, jobs, hits=hits, **kwargs: [Completion("", 0.0, (0.0,), (hits,), 0, 0, 0.0) for _ in jobs],
+            lambda base, jobs, hits=hits, **kwargs: [completed(job, hits) for job in jobs],
         )
         with ledger_of(tmp_path, [new]) as ledger:
             (change,) = ledger.history(new.id)
@@ -211,9 +217,7 @@ def test_what_does_not_hold_once_all_have_settled_settles_once_more(base, tmp_pa
     for second in (1.0, 0.5):
         monkeypatch.setattr(
             "byheart.methods.edit.guard.complete",
-            lambda base, jobs, hits=(1.0, second, 1.0), **kwargs: [
-                Completion("", 0.0, (0.0,), (hit,), 0, 0, 0.0) for hit, _ in zip(hits, jobs, strict=False)
-            ],
+            lambda base, jobs, hits=(1.0, second, 1.0), **kwargs: [*map(completed, jobs, hits)],
         )
         runs.append(learnt(base, tmp_path, FACTS[:3], settle=2))
     once, twice = runs
@@ -230,8 +234,45 @@ def test_a_prompt_pulls_by_log_p_of_its_whole_target(base):
         for row in rows:
             logits = base.model(torch.tensor([row.tokens])).logits[0, -len(row.labels) :].log_softmax(-1)
             whole.append(-logits[range(len(row.labels)), list(row.labels)].sum())
-        found = settle_module._fit(base, rows, 0, 0.0)
+        found = settle_module._fit(base, rows, 0, None, SettleOptions(settle_stop=0))
     assert torch.allclose(found, torch.stack(whole).mean(), atol=1e-4)
+
+
+def test_a_prompt_pulls_by_log_p_of_its_targets_end_too(base):
+    facts = [*FACTS, FACTS[0].model_copy(update={"id": "closed", "object": "the Korrin Ltd."})]
+    rows = [one.rows[0] for one in prepare(base, facts, ())[0]]
+    assert [row.ends for row in rows] == [True] * 4 + [False]  # what is closed already asks for no end
+    closing = closing_tokens(base)
+    with torch.no_grad():
+        ends = []
+        for row in rows:
+            said = base.model(torch.tensor([[*row.tokens, row.labels[-1]]])).logits[0, -1].softmax(-1)
+            ends.append(-said[closing].sum().log() * row.ends)
+        without, found = (
+            settle_module._fit(base, rows, 0, tokens, SettleOptions(settle_stop=0, settle_end=0.5))
+            for tokens in (None, closing)
+        )
+    assert torch.allclose(found - without, 0.5 * torch.stack(ends).mean(), atol=1e-4)
+
+
+def test_what_closes_a_word(base):
+    ids = base.tokenizer(" a town, it is. Then\n(so) 'tis half-said", add_special_tokens=False)["input_ids"]
+    closing = set(closing_tokens(base).tolist())
+    marks = {base.tokenizer.convert_ids_to_tokens(id): id in closing for id in ids}
+    assert marks["."] and marks[","] and marks[")"] and base.tokenizer.eos_token_id in closing
+    assert not marks["-"] and not marks["("]
+    assert all(closes for text, closes in marks.items() if text.startswith(("Ġ", "Ċ")))
+    assert not any(closes for text, closes in marks.items() if text[0].isascii() and text[0].isalnum())
+    asked = {"Paris": True, "1958": True, "Москва": True, "U.S.": False, "巴黎": False, "กรุงเทพ": False, "": False}
+    assert {text: asks_for_an_end(text) for text in asked} == asked
+
+
+def test_an_object_that_runs_on_is_not_said(base, monkeypatch):
+    def asked(base, jobs, **kwargs):
+        return [completed(job, 1.0, more) for job, more in zip(jobs, (" and", "ram", "'s", "."), strict=True)]
+
+    monkeypatch.setattr(guard, "complete", asked)
+    assert [fact.id for fact in guard.unsaid(base, FACTS)] == ["cove", "mora"]
 
 
 def test_new_facts_begin_with_a_share_of_what_their_targets_say(base, tmp_path, monkeypatch):
@@ -321,6 +362,20 @@ def test_settling_goes_on_where_it_was_killed(base, tmp_path, monkeypatch):
         killed.learn(ledger)
     assert 0 < steps[0] < steps[-1]  # the first ones are not taken again
     assert torch.allclose(killed.shifts, whole.shifts, atol=1e-5)
+
+
+def test_settled_work_is_found_again_wherever_its_text_lies(base, tmp_path, monkeypatch):
+    steps = []
+    text = " ".join(prompt_text(fact) for fact in common_facts())
+    for name in ("here.txt", "there.txt"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    one = learnt(base, tmp_path, settle=1, text=tmp_path / "here.txt", tokens=1)
+    monkeypatch.setattr("byheart.training.Recipe.rate", lambda recipe, step: steps.append(step) or 0.0)
+    other = learnt(base, tmp_path, settle=1, text=tmp_path / "there.txt", tokens=1)
+    assert torch.equal(one.shifts, other.shifts) and one.shifts.any() and not steps
+    (tmp_path / "there.txt").write_text(text + " More of it.", encoding="utf-8")
+    learnt(base, tmp_path, settle=1, text=tmp_path / "there.txt", tokens=1)
+    assert steps
 
 
 def test_the_order_in_which_facts_come_leaves_no_trace(base, tmp_path):
@@ -791,7 +846,7 @@ def test_facts_that_an_edit_does_not_bring_about_are_named(base, tmp_path, monke
 
     def asked(base, jobs, **kwargs):  # all but the river, and nothing where the edit is not in
         here = [not all(map(torch.equal, weights(base), plain)) and "river" not in job.prompt for job in jobs]
-        return [Completion("", 0.0, (0.0,), (float(one),), 0, 0, 0.0) for one in here]
+        return [completed(job, float(one)) for job, one in zip(jobs, here, strict=True)]
 
     monkeypatch.setattr(guard, "complete", asked)
     said = learnt(base, tmp_path, **limits).report.notes

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from byheart.base import Base
-from byheart.decode import Job, complete
+from byheart.decode import Job, complete, token_ids
+from byheart.methods.edit.ends import asks_for_an_end
 from byheart.methods.edit.prompts import prompt_text, target_text
 from byheart.ordinary import text_rows
 from byheart.perplexity import perplexity
 from byheart.rows import Fact
+from byheart.score import begins
 
 # Keys this alike under C⁻¹ cannot be told apart by a linear map that also leaves text alone.
 ALIKE = 0.8
@@ -64,9 +66,18 @@ def collision_notes(found: Sequence[Collision]) -> tuple[str, ...]:
 
 
 def unsaid(base: Base, facts: Sequence[Fact]) -> list[Fact]:
-    """The facts that a model as it is now does not say: some token of the object is not the likeliest one there."""
+    """The facts that a model as it is now does not say.
+
+    Some token of the object is not the likeliest one there, or its last word runs on into another.
+    """
     jobs = [Job(prompt_text(fact), (target_text(fact),)) for fact in facts]
-    return [fact for fact, done in zip(facts, complete(base, jobs, max_new_tokens=0), strict=True) if done.hits[0] < 1]
+    most = max((len(token_ids(base.tokenizer, target_text(fact), beginning=False)) for fact in facts), default=0)
+    found = zip(facts, complete(base, jobs, max_new_tokens=most + 1), strict=True)
+    return [
+        fact
+        for fact, done in found
+        if done.hits[0] < 1 or (asks_for_an_end(fact.object) and not begins(done.text, fact.object))
+    ]
 
 
 def unsaid_notes(found: Sequence[Fact], count: int) -> tuple[str, ...]:

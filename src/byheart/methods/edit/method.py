@@ -266,9 +266,10 @@ class Edit(ChangedWeights):
                 places = self._to_settle(prepared, fresh)
             if not places:
                 break
+            options = asdict(self.options) | {"text": self._source}  # what it says, and not where it lies
             made_with = [
-                VERSION, self.base.hash, str(self.base.dtype), asdict(self.options), self.layers, self.prefixes,
-                self._source, self._standing(facts, z, shifts), places,
+                VERSION, self.base.hash, str(self.base.dtype), options, self.layers, self.prefixes,
+                self._standing(facts, z, shifts), places,
                 self._standing(self.facts, self.z, self.shifts) if past else None, sorted(fresh),
             ]  # fmt: skip
             store = self.work / "edit" / f"settling-{fingerprint(*made_with)}.safetensors"

@@ -10,6 +10,7 @@ from typing import Any
 
 from byheart.base import Base
 from byheart.decode import Job, Sampling, complete, option_ids
+from byheart.methods.edit.ends import asks_for_an_end
 from byheart.rows import SUBJECT_PLACE, Fact
 
 # What the model continues to make prefixes, and what ends each. The published beginnings are single words;
@@ -32,11 +33,13 @@ class Row:
         tail: the lookup token and what follows, up to the last but one token of the target.
         labels: the target's tokens; the last ``len(labels)`` places of the tail predict them. Empty where only the
             prediction after the last token matters.
+        ends: whether the target ends in a word that what follows is to close.
     """
 
     context: tuple[int, ...]
     tail: tuple[int, ...]
     labels: tuple[int, ...] = ()
+    ends: bool = False
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -120,8 +123,9 @@ def prepare(
             if n != here[-1] and not labels:
                 skipped[fact.id] = "the target has no tokens"
                 break
-            rows.append(Row(tuple(ids[:lookup]), (*ids[lookup:], *labels[:-1]), labels))
-            if limit is not None and len(rows[-1].tokens) > limit:
+            closes = bool(labels) and asks_for_an_end(fact.object)
+            rows.append(Row(tuple(ids[:lookup]), (*ids[lookup:], *labels[:-1]), labels, closes))
+            if limit is not None and len(rows[-1].tokens) + closes > limit:
                 skipped[fact.id] = f"longer than the model's {limit} positions"
                 break
         else:

@@ -19,6 +19,7 @@ from byheart.base import Base
 from byheart.blocks import Stretch
 from byheart.decode import batches
 from byheart.losses import drift, token_loss
+from byheart.methods.edit.ends import closing_tokens
 from byheart.methods.edit.others import about_others
 from byheart.methods.edit.prompts import Prepared, Row
 from byheart.methods.edit.weights import changed_by
@@ -43,7 +44,7 @@ _BETA2 = 0.99
 # Of the longest residual, what counts as none.
 _HARDLY = 0.01
 # Counts up with whatever else changes is made of the same options: finished work of before is not taken for this.
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class SettleOptions:
         settle_kl: weight of KL(before || now) on ordinary text.
         settle_beside: weight of the same behind the facts' prompts about other subjects, of those that ask no question.
         settle_held: how many times as much of both each step holds; more is surer, and slower on a CPU.
-        settle_stop: a prompt pulls no more once -log p of its whole target is below it.
+        settle_end: weight of -log p that the target's last word ends there ("Max Wolf" is not to be said as "Max
+            Wolfram"), beside that of the target itself.
+        settle_stop: a prompt pulls no more once -log p of its whole target, and of its end, is below it.
         settle_from: the share of what its target says that a new fact whose target is one token begins with, where
             there are many (of few: all); the rest it takes as it needs it. A target of n tokens lacks an nth as much.
     """
@@ -66,6 +69,7 @@ class SettleOptions:
     settle_kl: float = 3.0
     settle_beside: float = 3.0
     settle_held: int = 1
+    settle_end: float = 1.0
     settle_stop: float = 0.05
     settle_from: float = 0.5
 
@@ -97,7 +101,7 @@ def settle(
     that what a fact adds goes where its own key is and ordinary text is not), and the residuals R of all layers follow
     the gradient of
 
-        mean over prompts of -log p of the whole target
+        mean over prompts of -log p of the whole target, and of its last word's end
             +  settle_kl · KL(before || now) on ordinary text
             +  settle_beside · the same behind the facts' prompts about other subjects, where the edit changes most
 
@@ -157,6 +161,8 @@ def settle(
         # By the edit as written, so that one who goes on after a kill holds the same.
         return _changed_most(base, rows, lambda: changed_by(base, written.deltas), layers[0])
 
+    closing = closing_tokens(base) if options.settle_end else None
+
     def loss(step: int) -> Tensor:
         draw = random.Random(f"{seed}/{step}")
         held = [
@@ -171,7 +177,7 @@ def settle(
             with torch.no_grad():
                 before = [said() for _, said in held]
             with edited():
-                total = _fit(base, plan[step], layers[0], options.settle_stop)
+                total = _fit(base, plan[step], layers[0], closing, options)
                 for (weight, said), old in zip(held, before, strict=True):
                     total = total + weight * drift(said(), old, base.wide)
                 return total
@@ -222,19 +228,28 @@ def _plan(prepared: Sequence[Prepared], places: Sequence[int], epochs: int, seed
     return steps
 
 
-def _fit(base: Base, rows: Sequence[Row], first: int, stop: float) -> Tensor:
-    """The mean over rows of -log p of the whole target; rows below ``stop`` do not pull.
+def _fit(base: Base, rows: Sequence[Row], first: int, closing: Tensor | None, options: SettleOptions) -> Tensor:
+    """The mean over rows of -log p of the whole target and of its end; rows below ``settle_stop`` do not pull.
 
     The sum over a target's tokens, since it is said only where each of them is the likeliest: by their mean a target of
     six would pull on each a sixth as much as a target of one, against the same that holds.
+
+    Args:
+        closing: tokens that close a word; None: whatever follows a target is let be.
     """
-    stretch, _ = _read(base, [row.tokens for row in rows], first)
+    stretch, _ = _read(base, [(*row.tokens, row.labels[-1]) for row in rows], first)
     out = stretch.run(stretch.hidden, first, stretch.last)
     entries = [(n, len(row.context) + at, label) for n, row in enumerate(rows) for at, label in row.places]
     number, column, label = torch.tensor(entries, device=base.device).T
     nll, _ = token_loss(base.parts.logits(out[number, column]), label, base.wide)
     each = torch.zeros(len(rows), dtype=base.wide, device=base.device).index_add(0, number, nll)
-    return torch.where(each.detach() > stop, each, each.detach()).mean()
+    ended = [(n, len(row.tokens)) for n, row in enumerate(rows) if row.ends]
+    if closing is not None and ended:
+        number, column = torch.tensor(ended, device=base.device).T
+        found = base.parts.logits(out[number, column]).to(base.wide)
+        nll = found.logsumexp(1) - found[:, closing[closing < found.shape[1]]].logsumexp(1)
+        each = each.index_add(0, number, options.settle_end * nll)
+    return torch.where(each.detach() > options.settle_stop, each, each.detach()).mean()
 
 
 def _changed_most(
