@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 
 from byheart.base import make_base
 from byheart.benchmarks.edit_run import Plan, _means, run_editing, score_cases
-from byheart.benchmarks.editing import Case, Probe, counterfact, crossed, question_cases, same_subject, zsre
+from byheart.benchmarks.editing import Case, Crossing, Probe, counterfact, crossed, question_cases, same_subject, zsre
 from byheart.cli.benchmarks import _ordinary_rows
 from byheart.decode import Job, Sampling, complete
 from byheart.edit_report import grids, write_edit_report
@@ -243,15 +244,16 @@ def test_prompts_about_others_are_such_that_nothing_edited_answers_them():
     assert crossed(cases, 0) == crossed(cases, 0)
     edited = {case.fact.filled() for case in cases}
     found = [crossed(cases, seed) for seed in range(5)]
-    assert all([n for n, _, _ in some] == [0, 1, 2, 3, 4] for some in found)
-    for n, m, prompt in chain.from_iterable(found):
-        one, other = cases[n].fact, cases[m].fact
+    assert all([crossing.own for crossing in some] == [0, 1, 2, 3, 4] for some in found)
+    for crossing in chain.from_iterable(found):
+        one, other = cases[crossing.own].fact, cases[crossing.other].fact
         assert one.subject != other.subject and one.prompt != other.prompt and one.object != other.object
-        assert prompt == one.filled().replace(one.subject, other.subject) and prompt not in edited
+        assert crossing.prompt == one.filled().replace(one.subject, other.subject) and crossing.prompt not in edited
+        assert crossing.reworded is None
     assert crossed(cases[:2], 0) == [] == crossed(cases[:1], 0)
     # Not where another of its facts is asked in these very words.
     cases = [case_of("Ebb", "{} is", "a"), case_of("Tole", "{} has", "b"), case_of("Tole", "{} is", "c")]
-    assert crossed(cases, 0) == [(1, 0, "Ebb has")]
+    assert crossed(cases, 0) == [Crossing(1, 0, "Ebb has")]
 
 
 def test_a_leak_is_an_edits_object_said_of_another_or_to_another_prompt(tiny):
@@ -266,6 +268,19 @@ def test_a_leak_is_an_edits_object_said_of_another_or_to_another_prompt(tiny):
 
     assert leaks(said, "x") == [(1, 0), (0, other == said)]
     assert leaks("x", said) == [(0, 1), (other == said, 0)]
+
+
+def test_a_reworded_leak_is_asked_for_with_a_paraphrase_that_names_its_subject(tiny):
+    base = tiny("llama")
+    asked = ("One of many towns. Hathersund lies in", "Hathersund is found in")
+    said, *_ = complete(base, [Job(asked[0].replace("Hathersund", "Ebb"))], max_new_tokens=16)[0].text.split()
+    probes = tuple(Probe("paraphrase", prompt, "x") for prompt in ("It lies in", *asked))
+    cases = [case_of("Ebb", "{} is", said), replace(case_of("Hathersund", "{} lies in", "x"), probes=probes)]
+    assert [crossing.reworded for crossing in crossed(cases, 0)] == [None, "One of many towns. Ebb lies in"]
+    first, second = (row["metrics"] for row in score_cases(base, cases, 0, 0, Silent(), "x"))
+    assert "leak_reworded" not in first and second["leak_reworded"] == 1
+    cases[0] = case_of("Ebb", "{} is", "y")
+    assert score_cases(base, cases, 0, 0, Silent(), "x")[1]["metrics"]["leak_reworded"] == 0
 
 
 def test_sampling_depends_on_seed_and_place_and_not_on_the_batch(tiny):

@@ -30,6 +30,7 @@ MAIN = (
     ("generated_paraphrase", "said, paraphrase"),
     ("leak", "leak, prompt"),
     ("leak_subject", "leak, subject"),
+    ("leak_reworded", "leak, reworded"),
     ("ge", "GE"),
     ("rs", "RS"),
     ("perplexity_drift", "perplexity"),
@@ -170,7 +171,8 @@ def _note(title: str, run: dict[str, Any]) -> str:
     )
     closed += (
         "target tokens are the likeliest; said: the freely generated answer begins with the new object; leak: so does "
-        "that to the same prompt about another edit's subject, or to another edit's prompt about the same subject. "
+        "that to the same prompt about another edit's subject, or to another edit's prompt about the same subject "
+        "(reworded: a paraphrase of that, which no edit has seen). "
         "95 % intervals."
     )
     return closed + "".join(f" Not measured: {one}." for one in run.get("unmeasured", []))

@@ -44,7 +44,7 @@ _OVERLAP = {
     "neighbourhood": "specificity",
     "portability": "portability",
 }
-PAIRED = (*_SUCCESS.values(), *_OVERLAP.values(), "generated", "leak", "leak_subject", "ge")
+PAIRED = (*_SUCCESS.values(), *_OVERLAP.values(), "generated", "leak", "leak_subject", "leak_reworded", "ge")
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def score_cases(
     """Each case's metrics, with what the model wrote after the edit prompt and its paraphrases.
 
     ``leak`` and ``leak_subject`` say of its prompt about the subject of another case (:func:`crossed`) whether the
-    model writes its own object, or the other's.
+    model writes its own object, or the other's; ``leak_reworded`` says the latter of its paraphrase.
     """
     probes = [(n, probe) for n, case in enumerate(cases) for probe in case.probes]
     jobs = [Job(p.prompt, tuple(f" {text}" for text in (p.wanted, p.rival) if text is not None)) for _, p in probes]
@@ -196,8 +196,9 @@ def score_cases(
     with show.bar(f"{label}: generated answers", len(asked)) as tick:
         written = complete(base, [Job(p.prompt) for _, p in asked], max_new_tokens=ANSWER_TOKENS, on_done=tick)
     crossings = crossed(cases, seed)
-    with show.bar(f"{label}: asked about others", len(crossings)) as tick:
-        jobs = [Job(prompt) for _, _, prompt in crossings]
+    reworded = [(crossing, crossing.reworded) for crossing in crossings if crossing.reworded is not None]
+    with show.bar(f"{label}: asked about others", len(crossings) + len(reworded)) as tick:
+        jobs = [Job(prompt) for prompt in (*(one.prompt for one in crossings), *(prompt for _, prompt in reworded))]
         leaked = complete(base, jobs, max_new_tokens=ANSWER_TOKENS, on_done=tick)
     values: list[dict[str, list[float]]] = [{} for _ in cases]
     for (n, probe), done in zip(probes, scored, strict=True):
@@ -209,9 +210,11 @@ def score_cases(
         values[n].setdefault(f"generated{suffix}", []).append(begins(done.text, probe.wanted))
         values[n].setdefault(f"generated_contains{suffix}", []).append(contains(done.text, [probe.wanted]))
         answers[n].append(done.text)
-    for (n, m, _), done in zip(crossings, leaked, strict=True):
-        values[n]["leak"] = [begins(done.text, cases[n].fact.object)]
-        values[n]["leak_subject"] = [begins(done.text, cases[m].fact.object)]
+    for one, done in zip(crossings, leaked, strict=False):
+        values[one.own]["leak"] = [begins(done.text, cases[one.own].fact.object)]
+        values[one.own]["leak_subject"] = [begins(done.text, cases[one.other].fact.object)]
+    for (one, _), done in zip(reworded, leaked[len(crossings) :], strict=True):
+        values[one.own]["leak_reworded"] = [begins(done.text, cases[one.other].fact.object)]
     for n, name, value in _text_metrics(base, cases, seed, texts, show, label):
         values[n].setdefault(name, []).append(value)
     return [

@@ -179,14 +179,24 @@ def same_subject(cases: Sequence[Case], size: int, sets: int, seed: int) -> list
     return made
 
 
-def crossed(cases: Sequence[Case], seed: int) -> list[tuple[int, int, str]]:
+@dataclass(frozen=True)
+class Crossing:
+    """A case's prompt about the subject of another case: ``own`` and ``other`` are their places.
+
+    ``reworded`` is the case's first paraphrase about it, which no edit has seen in any form; None where there is none.
+    """
+
+    own: int
+    other: int
+    prompt: str
+    reworded: str | None = None
+
+
+def crossed(cases: Sequence[Case], seed: int) -> list[Crossing]:
     """Each case's prompt about the subject of another, drawn so that subjects, prompts and objects of the two differ.
 
     What an edit says there leaks: the first one's object is said of whoever its prompt is about, the other's to
-    whatever its subject is asked.
-
-    Returns:
-        Places of the two cases, and the prompt; nothing of a case that finds no other, nor of a prompt that is edited.
+    whatever its subject is asked. Nothing of a case that finds no other, nor of a prompt that is edited.
     """
     order = list(range(len(cases)))
     random.Random(seed).shuffle(order)
@@ -198,9 +208,13 @@ def crossed(cases: Sequence[Case], seed: int) -> list[tuple[int, int, str]]:
             other = cases[m].fact
             same = (getattr(fact, name) == getattr(other, name) for name in ("subject", "prompt", "object"))
             if not any(same) and (other.subject, fact.prompt) not in edited:
-                found.append((n, m, fact.model_copy(update={"subject": other.subject}).filled()))
+                asked = fact.model_copy(update={"subject": other.subject}).filled()
+                paraphrases = (probe.prompt for probe in cases[n].probes if probe.kind == "paraphrase")
+                named = next((prompt for prompt in paraphrases if fact.subject in prompt), None)
+                reworded = named.replace(fact.subject, other.subject) if named else None
+                found.append(Crossing(n, m, asked, reworded))
                 break
-    return sorted(found)
+    return sorted(found, key=lambda crossing: crossing.own)
 
 
 def _records(path: Path, needed: Iterable[str], make: Callable[[int, dict[str, Any]], Case]) -> Records:
