@@ -427,8 +427,8 @@ class Edit(ChangedWeights):
         } | super()._record()
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        # What it was made with, not what is usual today; folders from before facts settled sought targets in rounds.
-        made_with = {"settle": 0} | record["options"]
+        # What it was made with, not what is usual today: once targets were sought in rounds, and no object had an end.
+        made_with = {"settle": 0, "settle_end": 0.0} | record["options"]
         self.options = EditOptions(**{name: value for name, value in made_with.items() if name not in _GONE})
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])
