@@ -161,7 +161,7 @@ def settle(
         # By the edit as written, so that one who goes on after a kill holds the same.
         return _changed_most(base, rows, lambda: changed_by(base, written.deltas), layers[0])
 
-    closing = closing_tokens(base) if options.settle_end else None
+    closing = cache(lambda: closing_tokens(base) if options.settle_end else None)
 
     def loss(step: int) -> Tensor:
         draw = random.Random(f"{seed}/{step}")
@@ -177,7 +177,7 @@ def settle(
             with torch.no_grad():
                 before = [said() for _, said in held]
             with edited():
-                total = _fit(base, plan[step], layers[0], closing, options)
+                total = _fit(base, plan[step], layers[0], closing(), options)
                 for (weight, said), old in zip(held, before, strict=True):
                     total = total + weight * drift(said(), old, base.wide)
                 return total
