@@ -225,6 +225,31 @@ def test_what_does_not_hold_once_all_have_settled_settles_once_more(base, tmp_pa
     assert not torch.equal(weights_with(twice)[1], weights_with(once)[1])
 
 
+@pytest.mark.parametrize(
+    ("left", "settled"),
+    [
+        (["12", "2", ""], ["012", "12", "2"]),
+        (["12", "12"], ["012", "12"]),  # once more did not help
+        (["0", "1", "0", "1", "0"], ["012", "0", "1", "0", "1"]),  # there is an end to it
+    ],
+)
+def test_what_is_still_not_said_settles_again_as_long_as_that_helps(left, settled, base, tmp_path, monkeypatch):
+    checks, runs = iter(["", *left]), []
+
+    def unsaid(base, facts):
+        now = next(checks)
+        return [fact for n, fact in enumerate(facts) if str(n) in now]
+
+    def told(base, prepared, written, groups, places, *rest, settle=settle_module.settle):
+        runs.append("".join(map(str, places)))
+        return settle(base, prepared, written, groups, places, *rest)
+
+    monkeypatch.setattr("byheart.methods.edit.guard.unsaid", unsaid)
+    monkeypatch.setattr("byheart.methods.edit.method.settle", told)
+    learnt(base, tmp_path, FACTS[:3], settle=1)
+    assert runs == settled
+
+
 def test_a_prompt_pulls_by_log_p_of_its_whole_target(base):
     prepared, _ = prepare(base, FACTS, ())
     rows = [one.rows[0] for one in prepared]
@@ -749,6 +774,23 @@ def test_facts_of_one_group_share_their_delta(base):
     moved = find_targets(base, prepared, 1, TargetOptions(steps=5), [0, 1, 2, 2]).z - start
     assert torch.allclose(moved[2], moved[3], atol=1e-5)
     assert not torch.allclose(moved[1], moved[2], atol=1e-2)
+
+
+def test_the_more_facts_share_a_target_the_more_steps_it_takes(base):
+    facts = [
+        Fact(id=str(n), subject="Mora", prompt=p, object="red")
+        for n, p in enumerate(("{} is", "{} wore", "{} had", "{} saw"))
+    ]
+    prepared, _ = prepare(base, [FACTS[0], *facts], ("So. ",))
+    for groups, steps in (
+        ([0, 1, 2, 3, 4], [4, 4, 4, 4, 4]),
+        ([0, 1, 2, 2, 1], [4, 8, 8, 8, 8]),
+        ([0, 1, 1, 1, 1], [4, 12, 12, 12, 12]),
+    ):
+        found = find_targets(base, prepared, 1, TargetOptions(steps=4, stop_loss=0.0), groups)
+        assert found.steps.tolist() == steps
+    early = find_targets(base, prepared, 1, TargetOptions(steps=4, stop_loss=1e9), [0, 1, 1, 1, 1])
+    assert early.steps.tolist() == [1] * 5  # at most
 
 
 def test_targets_do_not_depend_on_the_batch(base, monkeypatch):

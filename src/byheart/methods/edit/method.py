@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, takewhile
+from itertools import islice, repeat, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.others import names_in
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.settle import VERSION, SettleOptions, settle, text_pieces
-from byheart.methods.edit.targets import TargetOptions, find_targets
+from byheart.methods.edit.targets import SHARED_VERSION, TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, changed_by, delta_bytes, stacked
 from byheart.methods.edit.write import Reader, WriteOptions, Writer, Written
 from byheart.methods.facts import choose_facts
@@ -44,6 +44,8 @@ _STEP = 32
 # Rows of ordinary text that are kept with an edit, and names, out of so many rows, so that a later fact can be settled
 # beside them.
 _TEXT, _NAMES, _NAMED = 120, 4000, 4000
+# What is not said once all facts have settled does so again, so often at most.
+_AGAIN = 4
 # What follows from the facts that hold; all of it changes, or nothing does.
 _STATE = ("holding", "facts", "z", "shifts", "keys", "deltas", "skipped")
 
@@ -251,8 +253,8 @@ class Edit(ChangedWeights):
     ) -> tuple[Tensor, Written]:  # fmt: skip
         """What each fact is to add beyond what its target says, and what is written with it.
 
-        New facts are settled beside all others, and with them those of the others that no longer hold; then once more
-        whatever does not hold by then.
+        New facts are settled beside all others, and with them those of the others that no longer hold; then again
+        whatever does not hold by then, as long as that helps one of them.
         """
         if not prepared:
             return shifts, Written()
@@ -261,11 +263,13 @@ class Edit(ChangedWeights):
             return shifts, written
         facts = [one.fact for one in prepared]
         groups = self._groups(facts)
-        for fresh in (new, set[int]()):
+        left: list[int] | None = None
+        for fresh in (new, *repeat(set[int](), _AGAIN)):
             with changed_by(self.base, written.deltas):
                 places = self._to_settle(prepared, fresh)
-            if not places:
+            if not places or places == left:
                 break
+            left = None if fresh else places
             options = asdict(self.options) | {"text": self._source}  # what it says, and not where it lies
             made_with = [
                 VERSION, self.base.hash, str(self.base.dtype), options, self.layers, self.prefixes,
@@ -349,6 +353,8 @@ class Edit(ChangedWeights):
         """
         marks = self._marks([one.fact for one in prepared])
         sought = {name: getattr(self.options, name) for name in TargetOptions.__dataclass_fields__}
+        if self.options.merge:
+            sought["shared"] = SHARED_VERSION
         made_with = [
             self.base.hash, str(self.base.dtype), sought, self.layers[-1], self.prefixes, self.options.paraphrases
         ]  # fmt: skip

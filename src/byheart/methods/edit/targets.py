@@ -25,6 +25,8 @@ from byheart.parts import Parts
 BATCH_TOKENS = {"cpu": 512, "cuda": 8_192}
 # So many times that with padding, at most.
 _PADDED = 4
+# Counts up with how targets that facts share are sought: finished work of before is not taken for this.
+SHARED_VERSION = 2
 Stop = Literal["fit", "loss", "argmax"]
 
 
@@ -35,7 +37,8 @@ class TargetOptions:
     Lengths and the original distribution are those of the model at hand, whatever is written in it already.
 
     Attributes:
-        steps: evaluations of the loss at most; there is one step of Adam less.
+        steps: evaluations of the loss at most; there is one step of Adam less. As many again for each doubling of the
+            facts that share a delta, which has more to say then.
         lr: Adam's step size, times the hidden state's length over the root of d_model.
         clamp: the longest delta, as a share of the hidden state's length (see :func:`find_targets`).
         kl: weight of KL(edited || original) after ``{subject} is a``.
@@ -142,17 +145,17 @@ def _search(
     # would spoil ordinary text. So lengths are measured by the median over a fact's prompts, bare and behind prefixes.
     length = torch.zeros(count, dtype=wide, device=device).index_add(0, group, batch.length)
     length /= torch.bincount(group)
+    most = (options.steps * (1 + torch.bincount(group).log2())).long()
     best = torch.zeros_like(start)
     loss_of, steps_of = start.new_zeros(count), torch.zeros(count, dtype=torch.long, device=device)
     live = torch.arange(count, device=device)
     delta, first, second = torch.zeros_like(start), torch.zeros_like(start), torch.zeros_like(start)
-    for step in range(1, options.steps + 1):
+    for step in range(1, int(most.max()) + 1):
         here = start[live]
         delta.requires_grad_(True)
         loss, fit, likeliest = batch.loss(_applied(delta, here, options), length[live], options)
         done = likeliest if options.stop == "argmax" else (fit if options.stop == "fit" else loss) < options.stop_loss
-        if step == options.steps:
-            done = torch.ones_like(done)
+        done = done | (step >= most[live])
         best[live[done]], loss_of[live[done]], steps_of[live[done]] = delta.detach()[done], loss.detach()[done], step
         if done.all():
             break
