@@ -776,7 +776,7 @@ def test_facts_of_one_group_share_their_delta(base):
     assert not torch.allclose(moved[1], moved[2], atol=1e-2)
 
 
-def test_the_more_facts_share_a_target_the_more_steps_it_takes(base):
+def test_the_more_facts_share_a_target_the_more_steps_it_takes(base, monkeypatch):
     facts = [
         Fact(id=str(n), subject="Mora", prompt=p, object="red")
         for n, p in enumerate(("{} is", "{} wore", "{} had", "{} saw"))
@@ -785,12 +785,15 @@ def test_the_more_facts_share_a_target_the_more_steps_it_takes(base):
     for groups, steps in (
         ([0, 1, 2, 3, 4], [4, 4, 4, 4, 4]),
         ([0, 1, 2, 2, 1], [4, 8, 8, 8, 8]),
-        ([0, 1, 1, 1, 1], [4, 12, 12, 12, 12]),
+        ([0, 1, 1, 1, 1], [4, 16, 16, 16, 16]),
     ):
         found = find_targets(base, prepared, 1, TargetOptions(steps=4, stop_loss=0.0), groups)
         assert found.steps.tolist() == steps
     early = find_targets(base, prepared, 1, TargetOptions(steps=4, stop_loss=1e9), [0, 1, 1, 1, 1])
     assert early.steps.tolist() == [1] * 5  # at most
+    monkeypatch.setattr("byheart.methods.edit.targets._SHARING", 3)
+    found = find_targets(base, prepared, 1, TargetOptions(steps=4, stop_loss=0.0), [0, 1, 1, 1, 1])
+    assert found.steps.tolist() == [4, 12, 12, 12, 12]
 
 
 def test_targets_do_not_depend_on_the_batch(base, monkeypatch):

@@ -25,6 +25,8 @@ from byheart.parts import Parts
 BATCH_TOKENS = {"cpu": 512, "cuda": 8_192}
 # So many times that with padding, at most.
 _PADDED = 4
+# Facts that share a target have the sum of their steps, up to so many of them: each step grows with them, too.
+_SHARING = 10
 # Counts up with how targets that facts share are sought: finished work of before is not taken for this.
 SHARED_VERSION = 2
 Stop = Literal["fit", "loss", "argmax"]
@@ -37,8 +39,8 @@ class TargetOptions:
     Lengths and the original distribution are those of the model at hand, whatever is written in it already.
 
     Attributes:
-        steps: evaluations of the loss at most; there is one step of Adam less. As many again for each doubling of the
-            facts that share a delta, which has more to say then.
+        steps: evaluations of the loss at most; there is one step of Adam less. A delta that facts share has as many
+            again for each of them, up to ten times as many.
         lr: Adam's step size, times the hidden state's length over the root of d_model.
         clamp: the longest delta, as a share of the hidden state's length (see :func:`find_targets`).
         kl: weight of KL(edited || original) after ``{subject} is a``.
@@ -145,7 +147,7 @@ def _search(
     # would spoil ordinary text. So lengths are measured by the median over a fact's prompts, bare and behind prefixes.
     length = torch.zeros(count, dtype=wide, device=device).index_add(0, group, batch.length)
     length /= torch.bincount(group)
-    most = (options.steps * (1 + torch.bincount(group).log2())).long()
+    most = options.steps * torch.bincount(group).clamp(max=_SHARING)
     best = torch.zeros_like(start)
     loss_of, steps_of = start.new_zeros(count), torch.zeros(count, dtype=torch.long, device=device)
     live = torch.arange(count, device=device)
