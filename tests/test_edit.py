@@ -226,14 +226,15 @@ def test_what_does_not_hold_once_all_have_settled_settles_once_more(base, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("left", "settled"),
+    ("left", "merge", "settled"),
     [
-        (["12", "2", ""], ["012", "12", "2"]),
-        (["12", "12"], ["012", "12"]),  # once more did not help
-        (["0", "1", "0", "1", "0"], ["012", "0", "1", "0", "1"]),  # there is an end to it
+        (["12", "2", ""], False, ["0123", "12", "2"]),
+        (["12", "12"], False, ["0123", "12"]),  # once more did not help
+        (["0", "1", "0", "1", "0"], False, ["0123", "0", "1", "0", "1"]),  # there is an end to it
+        (["23", "3", "3"], True, ["0123", "23", "23"]),  # 2 and 3 are about one subject; 2 was helped
     ],
 )
-def test_what_is_still_not_said_settles_again_as_long_as_that_helps(left, settled, base, tmp_path, monkeypatch):
+def test_what_is_still_not_said_settles_again_as_long_as_that_helps(left, merge, settled, base, tmp_path, monkeypatch):
     checks, runs = iter(["", *left]), []
 
     def unsaid(base, facts):
@@ -246,7 +247,7 @@ def test_what_is_still_not_said_settles_again_as_long_as_that_helps(left, settle
 
     monkeypatch.setattr("byheart.methods.edit.guard.unsaid", unsaid)
     monkeypatch.setattr("byheart.methods.edit.method.settle", told)
-    learnt(base, tmp_path, FACTS[:3], settle=1)
+    learnt(base, tmp_path, settle=1, merge=merge)
     assert runs == settled
 
 
@@ -322,7 +323,7 @@ def test_new_facts_begin_with_a_share_of_what_their_targets_say(base, tmp_path, 
     assert all(torch.equal(before, part) for before, part in changed.values())
     # One that was there has all that it has, though it settles again.
     shifts = half.shifts.clone()
-    monkeypatch.setattr(Edit, "_to_settle", lambda self, prepared, new: list(range(len(prepared))))
+    monkeypatch.setattr(Edit, "_lost", lambda self, facts, new: set(range(len(facts))) - new)
     with ledger_of(tmp_path, [other]) as ledger:
         (change,) = ledger.history(other.id)
     half.revise(change)

@@ -253,8 +253,8 @@ class Edit(ChangedWeights):
     ) -> tuple[Tensor, Written]:  # fmt: skip
         """What each fact is to add beyond what its target says, and what is written with it.
 
-        New facts are settled beside all others, and with them those of the others that no longer hold; then again
-        whatever does not hold by then, as long as that helps one of them.
+        New facts are settled beside all others, and with them those of the others that no longer hold, and whatever
+        shares a change with these; then again what does not hold by then, as long as that is not the same as before.
         """
         if not prepared:
             return shifts, Written()
@@ -263,13 +263,15 @@ class Edit(ChangedWeights):
             return shifts, written
         facts = [one.fact for one in prepared]
         groups = self._groups(facts)
-        left: list[int] | None = None
+        left: set[int] | None = None
         for fresh in (new, *repeat(set[int](), _AGAIN)):
             with changed_by(self.base, written.deltas):
-                places = self._to_settle(prepared, fresh)
-            if not places or places == left:
+                lost = self._lost(facts, fresh)
+            if lost == left or not fresh | lost:
                 break
-            left = None if fresh else places
+            left = None if fresh else lost
+            chosen = {groups[n] for n in fresh | lost}
+            places = [n for n, group in enumerate(groups) if group in chosen]
             options = asdict(self.options) | {"text": self._source}  # what it says, and not where it lies
             made_with = [
                 VERSION, self.base.hash, str(self.base.dtype), options, self.layers, self.prefixes,
@@ -287,13 +289,11 @@ class Edit(ChangedWeights):
             written = _as_kept(written.shifted(shifts, groups))
         return shifts, written
 
-    def _to_settle(self, prepared: Sequence[Prepared], new: set[int]) -> list[int]:
-        """The new facts, those that the model as it is does not say, and all that share a change with them."""
-        old = {n: one.fact for n, one in enumerate(prepared) if n not in new}
+    def _lost(self, facts: Sequence[Fact], new: set[int]) -> set[int]:
+        """The places of facts that the model as it is does not say, new ones not among them."""
+        old = {n: fact for n, fact in enumerate(facts) if n not in new}
         lost = {fact.id for fact in guard.unsaid(self.base, list(old.values()))}
-        groups = self._groups([one.fact for one in prepared])
-        chosen = {groups[n] for n in new} | {groups[n] for n, fact in old.items() if fact.id in lost}
-        return [n for n, group in enumerate(groups) if group in chosen]
+        return {n for n, fact in old.items() if fact.id in lost}
 
     def _standing(self, facts: Sequence[Fact], z: Tensor, shifts: Tensor) -> list[Any]:
         """What a model with these facts written follows from, besides what targets depend on anyway."""
