@@ -163,6 +163,23 @@ def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, scatter
         assert torch.allclose(left @ right, deltas[layer], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("scatter", [0.0, 1.0])
+def test_facts_written_as_one_count_as_many(scatter, tokenizer):
+    base = make_base("llama", tiny_model("llama", len(tokenizer), torch.float64), tokenizer)
+    one, _ = prepare(base, FACTS, PREFIXES)
+    torch.manual_seed(1)
+    text = torch.randn(400, base.parts.d_ff, dtype=torch.float64)
+    writer = Writer(base, dict.fromkeys(LAYERS, text.T @ text / 400), WriteOptions(weight=0.05, scatter=scatter))
+    # The second fact three times over: the least squares with three equal keys, or with one that counts three times.
+    prepared, groups = [one[0], one[1], one[1], one[2], one[1]], [0, 1, 1, 2, 1]
+    z = torch.randn(3, base.parts.d_model, dtype=torch.float64)[groups]
+    apart, together = (writer.write(prepared, z, how) for how in (None, groups))
+    for layer in LAYERS:
+        (left, right), (merged, into) = apart.deltas[layer], together.deltas[layer]
+        assert len(into) == 3
+        assert torch.allclose(left @ right, merged @ into, rtol=1e-5, atol=1e-7)
+
+
 def random_problem(facts, size=24, out=10, seed=0):
     g = torch.Generator().manual_seed(seed)
     text = torch.randn(200, size, generator=g, dtype=torch.float64)

@@ -300,7 +300,7 @@ class Edit(ChangedWeights):
         written = {name: getattr(self.options, name) for name in WriteOptions.__dataclass_fields__}
         text = [self._source, self.options.tokens, self.settings.seed]
         told = [f.model_dump_json() for f in facts]
-        return [told, digest_of([z, shifts]), written, self.options.merge, self.layers, text]
+        return [told, digest_of([z, shifts]), written, self.options.merge and SHARED_VERSION, self.layers, text]
 
     def _marks(self, facts: Sequence[Fact]) -> list[str]:
         """What each fact's target depends on: the fact, and those that share a change with it."""

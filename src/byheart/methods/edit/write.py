@@ -102,7 +102,8 @@ class Writer:
 
         Args:
             z: (facts, d_model), the targets.
-            groups: facts of one group are written as one, with their mean key and mean residual (MEMIT-Merge).
+            groups: facts of one group are written as one, with their mean key and mean residual (MEMIT-Merge), and
+                count as so many: ten that share a residual pull on it ten times as hard as one, against the same λC.
             past: by layer, keys (facts, d_ff) whose values shall stay as they are.
         """
         merge = _merger(groups, len(prepared))
@@ -110,10 +111,11 @@ class Writer:
         keys = written.keys
         with fast_attention(self.base.model), torch.no_grad(), ExitStack() as attached:
             reader = Reader(self.base, prepared, self.layers[0], self.layers[-1])
-            # A group counts once, however many facts it has.
+            # Each fact counts once: n copies of a group's key are as one key that is √n times as long.
+            scale = (merge > 0).sum(1, keepdim=True).double().sqrt()
             weights = None
             if self.options.scatter and self.options.constraint == "none":
-                weights = merge.sum(0)
+                weights = torch.ones(len(prepared), dtype=torch.float64)
             for place, layer in enumerate(self.layers):
                 part = solve.share(self.options.spread, place, len(self.layers))
                 keys[layer], values, reached, second = reader.read(layer, weights)
@@ -122,8 +124,8 @@ class Writer:
                 if norm is not None:
                     residuals = solve.before_norm(values, residuals, self._in_double(norm))
                 before = past[layer].double() if past else keys[layer][:0]
-                scatter = second - (merge @ keys[layer]).T @ (merge @ keys[layer]) if second is not None else None
-                into, residuals = self._map(layer, merge @ keys[layer], before, scatter), merge @ residuals
+                key, residuals = scale * (merge @ keys[layer]), merge @ residuals
+                into = scale * self._map(layer, key, before, second - key.T @ key if second is not None else None)
                 written.deltas[layer] = delta = _delta_of(residuals, into)
                 add_to(self.base.parts.blocks[layer].mlp_out, product(delta), attached)
                 written.residuals[layer] = written.sought[layer] = residuals
