@@ -455,10 +455,12 @@ def test_a_folder_from_before_goes_on_as_it_was_made(base, tmp_path):
     learnt(base, tmp_path, settle=1).save_pretrained(tmp_path / "kept")
     path = tmp_path / "kept" / "edit.json"
     record = read_json(path)
-    options = {name: value for name, value in record["options"].items() if name not in ("settle", "settle_end")}
+    options = {
+        name: value for name, value in record["options"].items() if name not in ("settle", "settle_end", "counted")
+    }
     write_json(path, record | {"options": options | {"rounds": 4}})
     kept = Edit.from_pretrained(tmp_path / "kept", base).options
-    assert (kept.settle, kept.settle_end, kept.prefixes) == (0, 0, 2)
+    assert (kept.settle, kept.settle_end, kept.counted, kept.prefixes) == (0, 0, False, 2)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

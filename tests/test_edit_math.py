@@ -1,5 +1,7 @@
 """MEMIT against a plain double-precision implementation of the paper's formulas, and the solves against each other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -174,10 +176,13 @@ def test_facts_written_as_one_count_as_many(scatter, tokenizer):
     prepared, groups = [one[0], one[1], one[1], one[2], one[1]], [0, 1, 1, 2, 1]
     z = torch.randn(3, base.parts.d_model, dtype=torch.float64)[groups]
     apart, together = (writer.write(prepared, z, how) for how in (None, groups))
+    writer.options = replace(writer.options, counted=False)
+    once = writer.write(prepared, z, groups)
     for layer in LAYERS:
-        (left, right), (merged, into) = apart.deltas[layer], together.deltas[layer]
-        assert len(into) == 3
+        (left, right), (merged, into), (_, other) = (one.deltas[layer] for one in (apart, together, once))
+        assert len(into) == len(other) == 3
         assert torch.allclose(left @ right, merged @ into, rtol=1e-5, atol=1e-7)
+        assert other[1].norm() < 0.99 * into[1].norm()
 
 
 def random_problem(facts, size=24, out=10, seed=0):

@@ -300,7 +300,7 @@ class Edit(ChangedWeights):
         written = {name: getattr(self.options, name) for name in WriteOptions.__dataclass_fields__}
         text = [self._source, self.options.tokens, self.settings.seed]
         told = [f.model_dump_json() for f in facts]
-        return [told, digest_of([z, shifts]), written, self.options.merge and SHARED_VERSION, self.layers, text]
+        return [told, digest_of([z, shifts]), written, self.options.merge, self.layers, text]
 
     def _marks(self, facts: Sequence[Fact]) -> list[str]:
         """What each fact's target depends on: the fact, and those that share a change with it."""
@@ -308,7 +308,7 @@ class Edit(ChangedWeights):
         groups = self._groups(facts)
         for fact, group in zip(facts, groups, strict=True):
             members.setdefault(group, []).append(fact.model_dump_json())
-        whole = {group: sorted(texts) for group, texts in members.items()}
+        whole = {g: sorted(texts) + [str(SHARED_VERSION)] * (len(texts) > 1) for g, texts in members.items()}
         return [fingerprint(fact.model_dump_json(), whole[g]) for fact, g in zip(facts, groups, strict=True)]
 
     def _guarded(self, before: dict[str, Any], new: Sequence[Fact]) -> tuple[str, ...]:
@@ -353,8 +353,6 @@ class Edit(ChangedWeights):
         """
         marks = self._marks([one.fact for one in prepared])
         sought = {name: getattr(self.options, name) for name in TargetOptions.__dataclass_fields__}
-        if self.options.merge:
-            sought["shared"] = SHARED_VERSION
         made_with = [
             self.base.hash, str(self.base.dtype), sought, self.layers[-1], self.prefixes, self.options.paraphrases
         ]  # fmt: skip
@@ -433,8 +431,9 @@ class Edit(ChangedWeights):
         } | super()._record()
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        # What it was made with, not what is usual today: once targets were sought in rounds, and no object had an end.
-        made_with = {"settle": 0, "settle_end": 0.0} | record["options"]
+        # What it was made with, not what is usual today: once targets were sought in rounds, no object had an end, and
+        # a shared change counted once.
+        made_with = {"settle": 0, "settle_end": 0.0, "counted": False} | record["options"]
         self.options = EditOptions(**{name: value for name, value in made_with.items() if name not in _GONE})
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])

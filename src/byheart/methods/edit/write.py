@@ -40,6 +40,8 @@ class WriteOptions:
         constraint: ``none`` is MEMIT's least squares; ``equality`` meets every target exactly (EMMET); ``nullspace``
             writes only where text does not look (AlphaEdit).
         energy: for ``nullspace``, the share of C's trace that stays untouched.
+        counted: a change that facts share counts in the solve as often as there are facts, against the same λC; else
+            once. Under ``equality`` it is all the same.
     """
 
     weight: float = 0.7
@@ -47,6 +49,7 @@ class WriteOptions:
     spread: solve.Spread = "even"
     constraint: Constraint = "none"
     energy: float = 0.98
+    counted: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,7 @@ class Writer:
 
         Args:
             z: (facts, d_model), the targets.
-            groups: facts of one group are written as one, with their mean key and mean residual (MEMIT-Merge), and
-                count as so many: ten that share a residual pull on it ten times as hard as one, against the same λC.
+            groups: facts of one group are written as one, with their mean key and mean residual (MEMIT-Merge).
             past: by layer, keys (facts, d_ff) whose values shall stay as they are.
         """
         merge = _merger(groups, len(prepared))
@@ -111,11 +113,12 @@ class Writer:
         keys = written.keys
         with fast_attention(self.base.model), torch.no_grad(), ExitStack() as attached:
             reader = Reader(self.base, prepared, self.layers[0], self.layers[-1])
-            # Each fact counts once: n copies of a group's key are as one key that is √n times as long.
-            scale = (merge > 0).sum(1, keepdim=True).double().sqrt()
+            # n copies of a group's key are as one key that is √n times as long.
+            count = (merge > 0).sum(1, keepdim=True).double() if self.options.counted else merge.sum(1, keepdim=True)
+            scale = count.sqrt()
             weights = None
             if self.options.scatter and self.options.constraint == "none":
-                weights = torch.ones(len(prepared), dtype=torch.float64)
+                weights = (count * merge).sum(0)
             for place, layer in enumerate(self.layers):
                 part = solve.share(self.options.spread, place, len(self.layers))
                 keys[layer], values, reached, second = reader.read(layer, weights)
@@ -137,7 +140,7 @@ class Writer:
         return lambda values: norm(values.to(base.device, base.dtype)).double().cpu()
 
     def _map(self, layer: int, keys: Tensor, past: Tensor, scatter: Tensor | None) -> Tensor:
-        """A (facts, d_ff) with Δ = RᵀA: every solve is linear in the residuals, so it is solved for the identity."""
+        """A (facts, d_ff) of keys, so that Δ = RᵀA: every solve is linear in R, so it is solved for the identity."""
         options, residuals = self.options, torch.eye(len(keys), dtype=keys.dtype)
         if options.constraint == "nullspace":
             if layer not in self._projectors:
