@@ -214,11 +214,9 @@ def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, 
 
 def test_what_does_not_hold_once_all_have_settled_settles_once_more(base, tmp_path, monkeypatch):
     runs = []
-    for second in (1.0, 0.5):
-        monkeypatch.setattr(
-            "byheart.methods.edit.guard.complete",
-            lambda base, jobs, hits=(1.0, second, 1.0), **kwargs: [*map(completed, jobs, hits)],
-        )
+    for left in ([], [FACTS[1]]):
+        checks = iter([[], left, []])
+        monkeypatch.setattr("byheart.methods.edit.guard.unsaid", lambda base, facts, checks=checks: next(checks))
         runs.append(learnt(base, tmp_path, FACTS[:3], settle=2))
     once, twice = runs
     assert (twice.shifts != once.shifts).flatten(1).any(1).tolist() == [False, True, False]
@@ -249,6 +247,21 @@ def test_what_is_still_not_said_settles_again_as_long_as_that_helps(left, merge,
     monkeypatch.setattr("byheart.methods.edit.method.settle", told)
     learnt(base, tmp_path, settle=1, merge=merge)
     assert runs == settled
+
+
+def test_the_settling_that_leaves_the_fewest_is_kept(base, tmp_path, monkeypatch):
+    runs = []
+    for left in (["12", ""], ["12", "2", "02", "01"], ["12", "12"], [""]):
+        checks = iter(["", *left])
+        monkeypatch.setattr(
+            "byheart.methods.edit.guard.unsaid",
+            lambda base, facts, checks=checks: [facts[int(n)] for n in next(checks)],
+        )
+        monkeypatch.setattr("byheart.methods.edit.method._AGAIN", len(left) - 1)
+        runs.append(learnt(base, tmp_path, FACTS[:3], settle=1))
+    second, best, same_as_before, first = (weights_with(method) for method in runs)
+    assert same(best, second) and not same(best, first)
+    assert same(same_as_before, first)
 
 
 def test_a_prompt_pulls_by_log_p_of_its_whole_target(base):
@@ -323,7 +336,7 @@ def test_new_facts_begin_with_a_share_of_what_their_targets_say(base, tmp_path, 
     assert all(torch.equal(before, part) for before, part in changed.values())
     # One that was there has all that it has, though it settles again.
     shifts = half.shifts.clone()
-    monkeypatch.setattr(Edit, "_lost", lambda self, facts, new: set(range(len(facts))) - new)
+    monkeypatch.setattr(Edit, "_lost", lambda self, facts, written, new=(): set(range(len(facts))) - set(new))
     with ledger_of(tmp_path, [other]) as ledger:
         (change,) = ledger.history(other.id)
     half.revise(change)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, repeat, takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -255,6 +255,7 @@ class Edit(ChangedWeights):
 
         New facts are settled beside all others, and with them those of the others that no longer hold, and whatever
         shares a change with these; then again what does not hold by then, as long as that is not the same as before.
+        What leaves the fewest is kept.
         """
         if not prepared:
             return shifts, Written()
@@ -263,13 +264,9 @@ class Edit(ChangedWeights):
             return shifts, written
         facts = [one.fact for one in prepared]
         groups = self._groups(facts)
-        left: set[int] | None = None
-        for fresh in (new, *repeat(set[int](), _AGAIN)):
-            with changed_by(self.base, written.deltas):
-                lost = self._lost(facts, fresh)
-            if lost == left or not fresh | lost:
-                break
-            left = None if fresh else lost
+        fresh, lost = new, self._lost(facts, written, new)
+        best: tuple[set[int], Tensor, Written] | None = None
+        for _ in range(1 + _AGAIN):
             chosen = {groups[n] for n in fresh | lost}
             places = [n for n, group in enumerate(groups) if group in chosen]
             options = asdict(self.options) | {"text": self._source}  # what it says, and not where it lies
@@ -287,12 +284,19 @@ class Edit(ChangedWeights):
             self._earlier[store.name] = max(0.0, trained.seconds - (time.perf_counter() - began))
             shifts = shifts + found[groups]
             written = _as_kept(written.shifted(shifts, groups))
-        return shifts, written
+            before, fresh, lost = None if fresh else lost, set(), self._lost(facts, written)
+            if best is None or len(lost) < len(best[0]):
+                best = lost, shifts, written
+            if not lost or lost == before:
+                break
+        assert best is not None
+        return best[1:]
 
-    def _lost(self, facts: Sequence[Fact], new: set[int]) -> set[int]:
-        """The places of facts that the model as it is does not say, new ones not among them."""
+    def _lost(self, facts: Sequence[Fact], written: Written, new: Collection[int] = ()) -> set[int]:
+        """The places of facts that the model does not say with these written, new ones not among them."""
         old = {n: fact for n, fact in enumerate(facts) if n not in new}
-        lost = {fact.id for fact in guard.unsaid(self.base, list(old.values()))}
+        with changed_by(self.base, written.deltas):
+            lost = {fact.id for fact in guard.unsaid(self.base, list(old.values()))}
         return {n for n, fact in old.items() if fact.id in lost}
 
     def _standing(self, facts: Sequence[Fact], z: Tensor, shifts: Tensor) -> list[Any]:
