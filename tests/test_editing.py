@@ -10,6 +10,7 @@ import pytest
 from byheart.base import make_base
 from byheart.benchmarks.edit_run import Plan, _means, run_editing, score_cases
 from byheart.benchmarks.editing import Case, Crossing, Probe, counterfact, crossed, question_cases, same_subject, zsre
+from byheart.benchmarks.kept import Kept
 from byheart.cli.benchmarks import _ordinary_rows
 from byheart.decode import Job, Sampling, complete
 from byheart.edit_report import grids, write_edit_report
@@ -186,6 +187,38 @@ def test_a_run_scores_the_unedited_model_beside_the_edited_one(tokenizer, tmp_pa
     page = write_edit_report(tmp_path / "run").read_text()
     assert "CounterFact" in page and "more edits" in page
     assert all(len(head) == len(row) for _, head, table in grids(run) for row in table)
+    # The second time nothing is asked: all that models said is kept, each state's apart.
+    monkeypatch.setattr("byheart.benchmarks.kept.complete", None)
+    again = run_editing("CounterFact", base, cases, ["edit"], tmp_path / "run", settings, plan)
+    assert [again["methods"][name]["metrics"] for name in ("closed", "edit")] == [
+        run["methods"][name]["metrics"] for name in ("closed", "edit")
+    ]
+
+
+def test_scoring_goes_on_after_a_kill(tiny, tmp_path, monkeypatch):
+    base, asked = tiny("llama"), []
+
+    def counted(base, jobs, **how):
+        asked.append(len(jobs))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return complete(base, jobs, **how)
+
+    monkeypatch.setattr("byheart.benchmarks.kept._AT_ONCE", 2)
+    monkeypatch.setattr("byheart.benchmarks.kept.complete", counted)
+    jobs = [Job(f"Ebb {n} is", (" Ann", " Holm")) for n in range(5)]
+    kept = Kept(base, tmp_path, Silent())
+    with pytest.raises(KeyboardInterrupt):
+        kept.complete("x", jobs, max_new_tokens=3)
+    found = kept.complete("x", jobs, max_new_tokens=3)
+    assert asked == [2, 2, 2, 1]  # the first two were kept
+    whole = complete(base, jobs, max_new_tokens=3)
+    assert [one.text for one in found] == [one.text for one in whole]
+    assert [one.options for one in found] == [pytest.approx(one.options, rel=1e-4) for one in whole]
+    # Another state of the model, or another length, has answers of its own.
+    Kept(base, tmp_path, Silent(), "changed").complete("x", jobs, max_new_tokens=3)
+    kept.complete("x", jobs, max_new_tokens=2)
+    assert asked == [2, 2, 2, 1] + 2 * [2, 2, 1]
 
 
 def test_options_are_read_before_anything_is_scored(tiny, tmp_path, monkeypatch):
@@ -214,14 +247,14 @@ def test_s_is_that_of_cases_that_have_all_its_parts():
     assert metrics["s"] == pytest.approx(0.75) and intervals["s"] == [0.75, 0.75]
 
 
-def test_metrics_are_those_of_the_probes_likelihoods(tiny):
+def test_metrics_are_those_of_the_probes_likelihoods(tiny, tmp_path):
     base = tiny("llama")
     case = Case(Fact(id="x", subject="Ebb", prompt="{} is", object="Ann"), (
         Probe("edit", "Ebb is", "Ann", "Holm"),
         Probe("neighbourhood", "Pell Cove is", "Holm", "Ann"),
         Probe("portability", "So is Ebb", "a town"),
     ))  # fmt: skip
-    (row,) = score_cases(base, [case], 0, 0, Silent(), "x")
+    (row,) = score_cases(Kept(base, tmp_path, Silent()), [case], 0, 0, "x")
     new, old = (math.exp(v) for v in complete(base, [Job("Ebb is", (" Ann", " Holm"))], max_new_tokens=0)[0].options)
     assert row["metrics"]["es"] == float(new > old)
     assert row["metrics"]["es_magnitude"] == pytest.approx(new - old, rel=1e-4)
@@ -256,31 +289,31 @@ def test_prompts_about_others_are_such_that_nothing_edited_answers_them():
     assert crossed(cases, 0) == [Crossing(1, 0, "Ebb has")]
 
 
-def test_a_leak_is_an_edits_object_said_of_another_or_to_another_prompt(tiny):
+def test_a_leak_is_an_edits_object_said_of_another_or_to_another_prompt(tiny, tmp_path):
     base = tiny("llama")
     said, *_ = complete(base, [Job("Hathersund is")], max_new_tokens=16)[0].text.split()
     other, *_ = complete(base, [Job("Ebb lies in")], max_new_tokens=16)[0].text.split()
 
     def leaks(first, second):
         cases = [case_of("Ebb", "{} is", first), case_of("Hathersund", "{} lies in", second)]
-        metrics = [row["metrics"] for row in score_cases(base, cases, 0, 0, Silent(), "x")]
+        metrics = [row["metrics"] for row in score_cases(Kept(base, tmp_path, Silent()), cases, 0, 0, "x")]
         return [(row["leak"], row["leak_subject"]) for row in metrics]
 
     assert leaks(said, "x") == [(1, 0), (0, other == said)]
     assert leaks("x", said) == [(0, 1), (other == said, 0)]
 
 
-def test_a_reworded_leak_is_asked_for_with_a_paraphrase_that_names_its_subject(tiny):
+def test_a_reworded_leak_is_asked_for_with_a_paraphrase_that_names_its_subject(tiny, tmp_path):
     base = tiny("llama")
     asked = ("One of many towns. Hathersund lies in", "Hathersund is found in")
     said, *_ = complete(base, [Job(asked[0].replace("Hathersund", "Ebb"))], max_new_tokens=16)[0].text.split()
     probes = tuple(Probe("paraphrase", prompt, "x") for prompt in ("It lies in", *asked))
     cases = [case_of("Ebb", "{} is", said), replace(case_of("Hathersund", "{} lies in", "x"), probes=probes)]
     assert [crossing.reworded for crossing in crossed(cases, 0)] == [None, "One of many towns. Ebb lies in"]
-    first, second = (row["metrics"] for row in score_cases(base, cases, 0, 0, Silent(), "x"))
+    first, second = (row["metrics"] for row in score_cases(Kept(base, tmp_path, Silent()), cases, 0, 0, "x"))
     assert "leak_reworded" not in first and second["leak_reworded"] == 1
     cases[0] = case_of("Ebb", "{} is", "y")
-    assert score_cases(base, cases, 0, 0, Silent(), "x")[1]["metrics"]["leak_reworded"] == 0
+    assert score_cases(Kept(base, tmp_path, Silent()), cases, 0, 0, "x")[1]["metrics"]["leak_reworded"] == 0
 
 
 def test_sampling_depends_on_seed_and_place_and_not_on_the_batch(tiny):

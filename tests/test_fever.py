@@ -9,7 +9,8 @@ import pytest
 
 from byheart.base import make_base
 from byheart.benchmarks.fever import LABELS, load_fever
-from byheart.benchmarks.fever_run import FRAME, Plan, _Kept, claim_pieces, read_label, run_fever
+from byheart.benchmarks.fever_run import FRAME, Plan, claim_pieces, read_label, run_fever
+from byheart.benchmarks.kept import Kept
 from byheart.errors import DataError
 from byheart.fever_report import write_fever_report
 from byheart.methods import Settings
@@ -192,15 +193,15 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
     assert f"{run['cells'][0]['metrics']['accuracy']:.3f}" in page
     assert "supports against refutes" in page
     # A page that is too long for the model to read costs its cell, and nothing else.
-    plain = _Kept.ask
+    plain = Kept.complete
 
-    def ask(self, *given, pages=False):
-        if pages and given[2] == 2:
+    def ask(self, label, *given, **how):
+        if label.startswith("page in the prompt, 2 shots"):
             raise DataError("too long")
-        return plain(self, *given, pages=pages)
+        return plain(self, label, *given, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Kept, "ask", ask)
+        patch.setattr(Kept, "complete", ask)
         short = run_fever(fever, base, tmp_path / "out", Settings(shots=0, options=options), plan)
     assert short["left_out"] == {f"page in the prompt, 2 shots, seed {seed}": "too long" for seed in (0, 1)}
     assert [c for c in run["cells"] if c not in short["cells"]] == [
@@ -209,7 +210,7 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
     page = write_fever_report(tmp_path / "out").read_text()
     assert "page in the prompt, 2 shots, seed 1" in page and "too long" in page
     # The second time nothing is asked: all answers are kept.
-    monkeypatch.setattr("byheart.benchmarks.fever_run.complete", None)
+    monkeypatch.setattr("byheart.benchmarks.kept.complete", None)
     again = run_fever(fever, base, tmp_path / "out", Settings(shots=0, options=options), plan)
     assert again["cells"] == run["cells"]
 

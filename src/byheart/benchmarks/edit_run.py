@@ -15,8 +15,9 @@ import numpy as np
 
 from byheart.base import Base
 from byheart.benchmarks.editing import Case, Probe, crossed
+from byheart.benchmarks.kept import Kept
 from byheart.compare import made_with, means, run_record
-from byheart.decode import Job, Sampling, complete
+from byheart.decode import Job, Sampling
 from byheart.ledger import Ledger
 from byheart.methods import LearnReport, Method, Settings, method_class
 from byheart.perplexity import perplexity
@@ -70,6 +71,7 @@ def run_editing(
 ) -> dict[str, Any]:  # fmt: skip
     """Edit in all cases' facts with each method, score all probes, and write ``run.json`` and ``answers.jsonl``.
 
+    Run again after a kill, it goes on where it was: what methods learn and what models say are kept in ``out``.
     The unedited model is scored first, whatever ``methods`` says: no figure of an edit means anything without it.
 
     Returns:
@@ -88,7 +90,7 @@ def run_editing(
             method = method_class(name)(base, settings, out)
             report = _learn(method, cases, out, show)
         with _attached(method):
-            rows[name] = score_cases(base, cases, settings.seed, plan.texts, show, name)
+            rows[name] = score_cases(_kept(base, out, show, method), cases, settings.seed, plan.texts, name)
             after = perplexity(base, plan.rows) if plan.rows else None
         run["methods"][name] = summarise(rows[name], report, settings.seed) | {"perplexity": after}
         if any(case.group for case in cases):
@@ -135,6 +137,10 @@ def _attached(method: Method | None) -> AbstractContextManager[None]:
     return nullcontext() if method is None else method.attached()
 
 
+def _kept(base: Base, out: Path, show: Silent, method: Method | None) -> Kept:
+    return Kept(base, out / "answers", show, getattr(method, "digest", ""))
+
+
 def _drift(methods: dict[str, Any], name: str) -> None:
     before, after = methods[UNEDITED]["perplexity"], methods[name]["perplexity"]
     if before and after:
@@ -170,7 +176,7 @@ def _in_batches(
     for number, batch in enumerate(batches):
         _learn(method, batch, out, show)
         with method.attached():
-            rows += score_cases(base, batch, settings.seed, 0, show, name)
+            rows += score_cases(_kept(base, out, show, method), batch, settings.seed, 0, name)
             if before is not None and number < 3:
                 rises.append(perplexity(base, plan.rows) / before - 1)
     rise = sum(rises) / len(rises) if rises else None
@@ -180,9 +186,7 @@ def _in_batches(
 # -- scoring -------------------------------------------------------------------------------------------------
 
 
-def score_cases(
-    base: Base, cases: Sequence[Case], seed: int, texts: int, show: Silent, label: str
-) -> list[dict[str, Any]]:
+def score_cases(kept: Kept, cases: Sequence[Case], seed: int, texts: int, label: str) -> list[dict[str, Any]]:
     """Each case's metrics, with what the model wrote after the edit prompt and its paraphrases.
 
     ``leak`` and ``leak_subject`` say of its prompt about the subject of another case (:func:`crossed`) whether the
@@ -190,16 +194,14 @@ def score_cases(
     """
     probes = [(n, probe) for n, case in enumerate(cases) for probe in case.probes]
     jobs = [Job(p.prompt, tuple(f" {text}" for text in (p.wanted, p.rival) if text is not None)) for _, p in probes]
-    with show.bar(f"{label}: probes", len(jobs)) as tick:
-        scored = complete(base, jobs, max_new_tokens=0, on_done=tick)
+    scored = kept.complete(f"{label}: probes", jobs, max_new_tokens=0)
     asked = [(n, probe) for n, probe in probes if probe.kind in ("edit", "paraphrase")]
-    with show.bar(f"{label}: generated answers", len(asked)) as tick:
-        written = complete(base, [Job(p.prompt) for _, p in asked], max_new_tokens=ANSWER_TOKENS, on_done=tick)
+    jobs = [Job(p.prompt) for _, p in asked]
+    written = kept.complete(f"{label}: generated answers", jobs, max_new_tokens=ANSWER_TOKENS)
     crossings = crossed(cases, seed)
     reworded = [(crossing, crossing.reworded) for crossing in crossings if crossing.reworded is not None]
-    with show.bar(f"{label}: asked about others", len(crossings) + len(reworded)) as tick:
-        jobs = [Job(prompt) for prompt in (*(one.prompt for one in crossings), *(prompt for _, prompt in reworded))]
-        leaked = complete(base, jobs, max_new_tokens=ANSWER_TOKENS, on_done=tick)
+    jobs = [Job(prompt) for prompt in (*(one.prompt for one in crossings), *(prompt for _, prompt in reworded))]
+    leaked = kept.complete(f"{label}: asked about others", jobs, max_new_tokens=ANSWER_TOKENS)
     values: list[dict[str, list[float]]] = [{} for _ in cases]
     for (n, probe), done in zip(probes, scored, strict=True):
         for name, value in _probe_metrics(probe, done.options, done.hits):
@@ -215,7 +217,7 @@ def score_cases(
         values[one.own]["leak_subject"] = [begins(done.text, cases[one.other].fact.object)]
     for (one, _), done in zip(reworded, leaked[len(crossings) :], strict=True):
         values[one.own]["leak_reworded"] = [begins(done.text, cases[one.other].fact.object)]
-    for n, name, value in _text_metrics(base, cases, seed, texts, show, label):
+    for n, name, value in _text_metrics(kept, cases, seed, texts, label):
         values[n].setdefault(name, []).append(value)
     return [
         {"metrics": {name: sum(v) / len(v) for name, v in row.items()}, "generated": said}
@@ -238,16 +240,11 @@ def _probe_metrics(probe: Probe, options: tuple[float, ...], hits: tuple[float, 
 
 
 def _text_metrics(
-    base: Base, cases: Sequence[Case], seed: int, texts: int, show: Silent, label: str
+    kept: Kept, cases: Sequence[Case], seed: int, texts: int, label: str
 ) -> Iterator[tuple[int, str, float]]:
     prompts = [(n, prompt) for n, case in enumerate(cases) for prompt in case.generate[:texts]]
-    if not prompts:
-        return
-    with show.bar(f"{label}: texts", len(prompts)) as tick:
-        jobs = [Job(prompt) for _, prompt in prompts]
-        done = complete(
-            base, jobs, max_new_tokens=TEXT_TOKENS, sampling=Sampling(_TOP_K, seed), whole=True, on_done=tick
-        )
+    jobs = [Job(prompt) for _, prompt in prompts]
+    done = kept.complete(f"{label}: texts", jobs, max_new_tokens=TEXT_TOKENS, sampling=Sampling(_TOP_K, seed))
     for (n, prompt), one in zip(prompts, done, strict=True):
         text = prompt + one.text
         yield n, "ge", generation_entropy(text)

@@ -7,15 +7,15 @@ import random
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from byheart import __version__
 from byheart.base import Base
 from byheart.benchmarks.fever import LABELS, Claim, Fever
+from byheart.benchmarks.kept import Kept
 from byheart.compare import means, run_record
-from byheart.decode import Job, complete
+from byheart.decode import Job
 from byheart.errors import DataError
 from byheart.methods import Settings
 from byheart.methods.memory.examples import Frame, Piece
@@ -24,7 +24,7 @@ from byheart.perplexity import perplexity
 from byheart.progress import Silent
 from byheart.rows import Document
 from byheart.score import f1_by_label, mcnemar, paired_difference
-from byheart.storage import fingerprint, read_json, write_json, write_text
+from byheart.storage import write_json, write_text
 
 Variant = Literal["none", "doc", "temp", "doctemp", "other"]
 # "other": claims alone, each page's from a memory that learnt those of other pages.
@@ -101,23 +101,25 @@ def run_fever(
         "perplexity": {"none": perplexity(base, plan.rows)} if plan.rows else {},
     }
     answers: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    kept = _Kept(base, out / "answers")
+    folder = out / "answers"
     for seed in plan.seeds:
         for variant in plan.variants:
             own = replace(settings, seed=seed)
             for memory, some in _memories(variant, fever, base, out, own, run, plan, show):
+                kept = Kept(base, folder, show, memory.digest if memory else "")
                 with memory.attached() if memory else nullcontext():
                     for shots in plan.shots:
                         label = f"{variant}, {shots} shots, seed {seed}"
-                        found = kept.ask(fever, some, shots, seed, show, label, memory)
+                        found = _ask(kept, fever, some, shots, seed, label)
                         answers.setdefault((variant, shots, seed), []).extend(found)
             _order(answers, variant, seed, asked)
             write_json(out / "run.json", run | {"cells": _cells(answers, asked, settings.seed)})
         if plan.context:
+            unchanged = Kept(base, folder, show)
             for shots in plan.shots:
                 label = f"page in the prompt, {shots} shots, seed {seed}"
                 try:
-                    answers["context", shots, seed] = kept.ask(fever, asked, shots, seed, show, label, pages=True)
+                    answers["context", shots, seed] = _ask(unchanged, fever, asked, shots, seed, label, pages=True)
                 except DataError as error:  # as many pages as that can be longer than the model reads
                     run.setdefault("left_out", {})[label] = str(error)
                     show.say(f"left out: {label}: {error}")
@@ -181,41 +183,9 @@ def _trained(
     return memory
 
 
-class _Kept:
-    """Answers on disk, a file a cell, so that a run that was killed goes on where it was."""
-
-    def __init__(self, base: Base, folder: Path) -> None:
-        self.base, self.folder = base, folder
-
-    def ask(
-        self, fever: Fever, claims: Sequence[Claim], shots: int, seed: int, show: Silent, label: str,
-        memory: Memory | None = None, *, pages: bool = False,
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """What :func:`_ask` gives, from disk where it was asked before."""
-        base = self.base
-        parts: list[Any] = [
-            __version__,
-            base.hash,
-            str(base.dtype),
-            base.device.type,
-            asdict(fever),
-            [c.id for c in claims],
-        ]
-        parts += [shots, seed if shots else 0, pages, memory.digest if memory else ""]
-        path = self.folder / f"{fingerprint(*parts)}.json"
-        if path.exists():
-            rows: list[dict[str, Any]] = read_json(path)
-            return rows
-        found = _ask(base, fever, claims, shots, seed, show, label, pages=pages)
-        self.folder.mkdir(exist_ok=True)
-        write_json(path, found)
-        return found
-
-
 def _ask(
-    base: Base, fever: Fever, claims: Sequence[Claim], shots: int, seed: int, show: Silent, label: str,
-    *, pages: bool = False,
-) -> list[dict[str, Any]]:  # fmt: skip
+    kept: Kept, fever: Fever, claims: Sequence[Claim], shots: int, seed: int, label: str, *, pages: bool = False
+) -> list[dict[str, Any]]:
     """Of each claim the likeliest label, the same calibrated, and what the model writes."""
     texts = {page.id: page.text for page in fever.pages} if pages else {}
     begin = _HEADER + "".join(
@@ -224,13 +194,12 @@ def _ask(
     )
     options = tuple(f" {letter}" for letter in _LETTERS)
     jobs = [Job(begin + _page(texts.get(claim.page or "")) + _asked(claim.text), options) for claim in claims]
-    with show.bar(label, len(jobs)) as tick:
-        done = complete(base, jobs, max_new_tokens=_ANSWER_TOKENS, on_done=tick)
     shown = list(dict.fromkeys(_page(texts.get(claim.page or "")) for claim in claims))
-    nothing = complete(base, [Job(begin + page + _asked(_CONTENT_FREE), options) for page in shown], max_new_tokens=0)
-    without = {page: one.options for page, one in zip(shown, nothing, strict=True)}
+    jobs += [Job(begin + page + _asked(_CONTENT_FREE), options) for page in shown]
+    done = kept.complete(label, jobs, max_new_tokens=_ANSWER_TOKENS)
+    without = {page: one.options for page, one in zip(shown, done[len(claims) :], strict=True)}
     rows = []
-    for claim, one in zip(claims, done, strict=True):
+    for claim, one in zip(claims, done, strict=False):
         free = without[_page(texts.get(claim.page or ""))]
         calibrated = [a - b for a, b in zip(one.options, free, strict=True)]
         rows.append(
