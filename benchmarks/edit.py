@@ -6,8 +6,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import ROOT, peak_memory
@@ -16,10 +19,13 @@ from torch import Tensor
 from byheart.base import Base, load_base
 from byheart.decode import Job, complete
 from byheart.formats import read_json_lines
+from byheart.ledger import Ledger
+from byheart.methods import Settings
+from byheart.methods.edit import method as edit_method
 from byheart.methods.edit.covariance import moments_of
 from byheart.methods.edit.layers import choose_layers
+from byheart.methods.edit.method import Edit
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare, prompt_text, target_text
-from byheart.methods.edit.settle import SettleOptions, settle, text_pieces
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import Deltas, changed_by
 from byheart.methods.edit.write import WriteOptions, Writer
@@ -48,7 +54,7 @@ def facts(count: int) -> list[Fact]:
             )
             for n, r in enumerate(rows)
         ]
-    example = [row for _, row in read_json_lines(ROOT / "examples" / "world" / "facts.jsonl")]
+    example = [row for _, row in read_json_lines(ROOT / "examples" / "world" / "facts.jsonl") if isinstance(row, dict)]
     return [Fact(**{k: v for k, v in row.items() if k != "type"}) for row in example][:count]
 
 
@@ -113,13 +119,30 @@ def efficacy(base: Base, deltas: Deltas, some: Sequence[Fact]) -> tuple[float, f
     return likelier, sum(one.hits[0] == 1 for one in done) / len(done)
 
 
+@contextmanager
+def clocked(spent: dict[str, float], owner: object, name: str) -> Iterator[None]:
+    """Adds the seconds that a function takes to ``spent``, under its name, whoever calls it."""
+    plain = getattr(owner, name)
+
+    def timed(*given: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return plain(*given, **named)
+        finally:
+            spent[name] += time.perf_counter() - began
+
+    setattr(owner, name, timed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, plain)
+
+
 def main() -> None:
     base = load_base("smollm2-135m")
     layers = choose_layers(base, "auto")
     chosen, _ = choose_facts(facts(MANY))
-    began = time.perf_counter()
-    prepared, _ = prepare(base, chosen, make_prefixes(base, 5, 0))
-    ready = time.perf_counter() - began
+    prepared, _ = prepare(base, chosen[:SERIAL], make_prefixes(base, 5, 0))
     began = time.perf_counter()
     rows = list(text_rows(base, None, 10 * base.parts.d_ff, 0))
     written = time.perf_counter() - began
@@ -130,42 +153,37 @@ def main() -> None:
         f"covariance of {len(layers)} layers over {sum(map(len, rows)):,} tokens: {counted:.1f} s, and {written:.1f} s "
         "to write the text where none is given"
     )
-    few = prepared[:SERIAL]
     began = time.perf_counter()
-    ours = find_targets(base, few, layers[-1], TargetOptions())
-    fast = (time.perf_counter() - began) / len(few)
+    ours = find_targets(base, prepared, layers[-1], TargetOptions())
+    fast = (time.perf_counter() - began) / len(prepared)
     plain = load_base("smollm2-135m", dtype="float32")
     began = time.perf_counter()
-    theirs = torch.stack([serial_target(plain, one, layers[-1], TargetOptions(), lr=0.5) for one in few])
-    slow = (time.perf_counter() - began) / len(few)
+    theirs = torch.stack([serial_target(plain, one, layers[-1], TargetOptions(), lr=0.5) for one in prepared])
+    slow = (time.perf_counter() - began) / len(prepared)
     del plain
     writer = Writer(base, moments, WriteOptions())
-    some = [one.fact for one in few]
-    reached = [efficacy(base, writer.write(few, z).deltas, some) for z in (ours.z, theirs)]
+    some = [one.fact for one in prepared]
+    reached = [efficacy(base, writer.write(prepared, z).deltas, some) for z in (ours.z, theirs)]
     print(
-        f"targets z, {len(few)} facts: byheart {fast:.2f} s a fact ({ours.steps.float().mean():.1f} steps), plain "
+        f"targets z, {len(prepared)} facts: byheart {fast:.2f} s a fact ({ours.steps.float().mean():.1f} steps), plain "
         f"serial {slow:.2f} s, ratio {slow / fast:.1f}x; written alike, likelier than the old object "
         f"{reached[0][0]:.3f} and {reached[1][0]:.3f}, likeliest of all {reached[0][1]:.3f} and {reached[1][1]:.3f}"
     )
-    began = time.perf_counter()
-    z = find_targets(base, prepared, layers[-1], TargetOptions()).z
-    seek = time.perf_counter() - began
-    began = time.perf_counter()
-    solved = writer.write(prepared, z)
-    solve = time.perf_counter() - began
-    likelier, likeliest = efficacy(base, solved.deltas, chosen)
-    began, every = time.perf_counter(), list(range(len(prepared)))
-    with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "settling.safetensors"
-        shifts, _ = settle(
-            base, prepared, solved, every, every, text_pieces(rows), SettleOptions(), 0, store, lambda n: None
-        )
-    settled = efficacy(base, writer.write(prepared, z, shifts=shifts).deltas, chosen)
+    spent: dict[str, float] = defaultdict(float)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as clocks:
+        for owner, what in ((edit_method, "find_targets"), (Writer, "write"), (edit_method, "settle")):
+            clocks.enter_context(clocked(spent, owner, what))
+        edit = Edit(base, Settings(shots=0), Path(folder))
+        with Ledger(Path(folder) / "facts.db", create=True) as ledger:
+            ledger.insert(chosen)
+            seconds = edit.learn(ledger).seconds
+    likelier, likeliest = efficacy(base, edit.deltas, edit.facts)
+    many = len(edit.facts)
     print(
-        f"{len(prepared)} facts: prompts {ready:.1f} s, targets {seek:.1f} s ({seek / len(prepared):.2f} a fact), "
-        f"reading keys and solving {solve:.1f} s, settling and solving again {time.perf_counter() - began:.1f} s; "
-        f"new object likelier {likelier:.3f}, settled {settled[0]:.3f}, likeliest of all {likeliest:.3f} and "
-        f"{settled[1]:.3f}; {peak_memory()}"
+        f"{many} facts learnt in {seconds:.1f} s: targets {spent['find_targets']:.1f} s "
+        f"({spent['find_targets'] / many:.2f} a fact), reading keys and solving {spent['write']:.1f} s, settling "
+        f"{spent['settle']:.1f} s, the rest {seconds - sum(spent.values()):.1f} s; new object likelier {likelier:.3f}, "
+        f"likeliest of all {likeliest:.3f}; {peak_memory()}"
     )
 
 

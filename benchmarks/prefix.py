@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,11 +61,11 @@ def main() -> None:
         for count in COUNTS:
             seconds = race(
                 REPEATS,
-                prompt=lambda count=count: prompted(count),
-                stored=lambda count=count: stored(count, "model"),
-                int8=lambda count=count: stored(count, "int8"),
-                encode=lambda count=count: kv.read(base, rows[:count]),
-                heads=lambda count=count: heads.fresh(passages[:count]),
+                prompt=partial(prompted, count),
+                stored=partial(stored, count, "model"),
+                int8=partial(stored, count, "int8"),
+                encode=partial(kv.read, base, rows[:count]),
+                heads=partial(heads.fresh, passages[:count]),
             )
             shown = ", ".join(f"{name} {taken * 1000:.0f} ms" for name, taken in seconds.items())
             ratios = ", ".join(f"{name} {seconds['prompt'] / seconds[name]:.1f}x" for name in ("stored", "int8"))
