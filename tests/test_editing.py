@@ -231,9 +231,9 @@ def test_options_are_read_before_anything_is_scored(tiny, tmp_path, monkeypatch)
 
 def test_a_text_that_nothing_can_be_measured_on_is_refused(tiny, tmp_path):
     path = tmp_path / "text.txt"
-    for text in ("", "x"):
+    for text, why in ((" \n", "no"), ("x", "too little")):
         path.write_text(text)
-        with pytest.raises(DataError, match="text.txt: holds too little text"):
+        with pytest.raises(DataError, match=f"text.txt: holds {why} text"):
             _ordinary_rows(tiny("llama"), path, 0)
     path.write_text("Ann keeps the light of Ebb. " * 2)
     rows, rest = _ordinary_rows(tiny("llama"), path, 0)

@@ -48,6 +48,7 @@ def ordinary_text(option: str, method: str, documents: Sequence[str] | None = No
 
     Raises:
         UsageError: where it names nothing that is there.
+        DataError: where the file holds no text.
     """
     if option == "own":
         return None
@@ -59,9 +60,12 @@ def ordinary_text(option: str, method: str, documents: Sequence[str] | None = No
     if not path.is_file():
         raise UsageError(f"--set {method}.text={path}: must be own, ledger or a text file")
     try:
-        return [path.read_text(encoding="utf-8")]
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8") from None
+    if not text.strip():
+        raise DataError(f"{path}: holds no text")
+    return [text]
 
 
 def text_source(texts: Sequence[str] | None) -> str:
