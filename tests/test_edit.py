@@ -32,7 +32,7 @@ from byheart.methods.edit.others import about_others, names_in
 from byheart.methods.edit.prompts import find_lookup, prepare, prompt_text, target_text, tokenize
 from byheart.methods.edit.settle import SettleOptions, _changed_most
 from byheart.methods.edit.targets import TargetOptions, find_targets
-from byheart.methods.edit.write import Reader
+from byheart.methods.edit.write import Reader, Writer
 from byheart.padding import right_padded
 from byheart.rows import Fact, Neighbour
 from byheart.storage import read_json, write_json
@@ -163,13 +163,20 @@ def test_a_layer_that_takes_no_share_is_not_settled(base, tmp_path, monkeypatch)
     assert not method.shifts[:, 0].any() and method.shifts[:, 1].any()
 
 
-def test_prompts_about_others_name_nobody_who_is_edited(base):
+def test_prompts_about_others_name_nobody_who_is_edited():
     names = {fact.subject for fact in common_facts()}
     kept = min(names)
     edited = {f"the {name}" if n % 2 else name.upper() for n, name in enumerate(sorted(names - {kept}))}
-    rows = about_others(base, FACTS, edited, [], 2, 0)
-    assert len(rows) == len(FACTS) and all(kept in base.tokenizer.decode(row) for row in rows)
-    assert about_others(base, FACTS, names, ["the " + kept], 2, 0) == []
+    some = about_others(FACTS, edited, [], "0", 2)
+    assert [[one.subject for one in of_fact] for of_fact in some] == [[kept]] * len(FACTS)
+    assert about_others(FACTS, names, ["the " + kept], "0", 2) == [[]] * len(FACTS)
+    # Whom a fact is put about does not depend on the facts beside it, nor on their order.
+    some = about_others(FACTS, [], [], "0", 2, 5)
+    assert [len(of_fact) for of_fact in some] == [max(2, -(-5 // len(FACTS)))] * len(FACTS)
+    assert some[::-1] == about_others(FACTS[::-1], [], [], "0", 2, 5) and some != about_others(FACTS, [], [], "1", 2, 5)
+    (asked,) = [FACTS[0].model_copy(update={"prompt": "What is {} known for? "})]
+    assert about_others([asked, FACTS[1]], [], [], "0", 2) == [about_others(FACTS, [], [], "0", 2)[1]]
+    assert about_others([asked], [], [], "0", 2) == []
 
 
 def test_names_are_capitalised_runs_within_sentences():
@@ -344,22 +351,41 @@ def test_new_facts_begin_with_a_share_of_what_their_targets_say(base, tmp_path, 
 
 
 def test_nothing_is_held_behind_questions_about_others(base, tmp_path, monkeypatch):
-    asked = []
-
-    def about(base, facts, *rest):
-        asked.extend(fact.id for fact in facts)
-        return [[5, 6, 7]]
-
-    monkeypatch.setattr(settle_module, "about_others", about)
-    plain, *questions = (
+    asked = [
         fact.model_copy(update={"prompt": prompt})
-        for fact, prompt in zip(FACTS, [FACTS[0].prompt, "What is {} known for? ", "Who leads {}\uff1f"], strict=False)
-    )
-    learnt(base, tmp_path, [plain, *questions], settle=1)
-    assert set(asked) == {plain.id}
-    asked.clear()
-    learnt(base, tmp_path, questions, settle=1)
-    assert not asked
+        for fact, prompt in zip(FACTS, ["What is {} known for? ", "Who leads {}\uff1f"], strict=False)
+    ]
+    monkeypatch.setattr(settle_module, "_changed_most", lambda *_: pytest.fail("something is held"))
+    learnt(base, tmp_path, asked, settle=1)
+
+
+def test_facts_are_written_beside_others(base, tmp_path, monkeypatch):
+    given = []
+    plain = Writer.write
+
+    def write(self, prepared, z, groups=None, past=None, others=()):
+        given.append([[one.fact for one in of_fact] for of_fact in others])
+        return plain(self, prepared, z, groups, past, others)
+
+    monkeypatch.setattr(Writer, "write", write)
+    asked = FACTS[0].model_copy(update={"prompt": "What is {} known for? "})
+    method = learnt(base, tmp_path, [asked, *FACTS[1:]], settle=0)
+    subjects = {fact.subject for fact in method.facts}
+    for fact, others in zip(FACTS[1:], given.pop(), strict=True):  # of one that is asked nobody
+        assert len(others) == 2 and {one.prompt for one in others} == {fact.prompt}
+        assert not subjects & {one.subject for one in others}
+    before = weights_with(method)
+    # A folder from before knows nothing of it.
+    method.save_pretrained(tmp_path / "kept")
+    assert all(map(torch.equal, weights_with(Edit.from_pretrained(tmp_path / "kept", base)), before))
+    record = read_json(tmp_path / "kept" / "edit.json")
+    record["options"].pop("others")
+    write_json(tmp_path / "kept" / "edit.json", record)
+    assert Edit.from_pretrained(tmp_path / "kept", base).options.others == 0
+    for options in ({"others": 0}, {"constraint": "equality"}):
+        other = learnt(base, tmp_path, settle=0, **options)
+        assert given.pop() == []
+    assert not all(map(torch.equal, weights_with(other), before))
 
 
 def test_so_many_times_as_much_is_held_a_step(base, tmp_path, monkeypatch):

@@ -28,6 +28,11 @@ FACTS = [
 ]
 OPTIONS = TargetOptions(steps=6, lr=0.3, clamp=0.4, kl=0.5, weight_decay=0.7, stop="loss", stop_loss=1e-9)
 LAYERS = (0, 1)
+# Who the first and the last fact are put about; nobody the second, as if it asked a question.
+OTHERS = [
+    [FACTS[n].model_copy(update={"subject": name}) for name in names]
+    for n, names in ((0, ("Tole",)), (2, ("Holm", "Hathersund")))
+]
 
 
 def plain_forward(base, ids, layer, place, delta):
@@ -107,8 +112,11 @@ def plain_target(base, fact, layer):
     return (h + delta).detach(), loss.item()
 
 
-def plain_write(base, targets, moments, weight, scatter):
-    """K and Δ layer by layer with an explicit inverse, weights written in place; the model is left changed."""
+def plain_write(base, targets, moments, weight, scatter, beside):
+    """K and Δ layer by layer with an explicit inverse, weights written in place; the model is left changed.
+
+    ``beside`` times the mean over a fact's others of k kᵀ stands in the inverse for each fact.
+    """
     keys_of, delta_of = {}, {}
     for place, layer in enumerate(LAYERS):
         keys, residuals, spread = [], [], 0
@@ -118,20 +126,25 @@ def plain_write(base, targets, moments, weight, scatter):
             keys.append((states[0][0][layer] + behind) / 2)
             shares = [0.5, *[0.5 / len(PREFIXES)] * len(PREFIXES)]
             apart = [k[layer] - keys[-1] for k, _ in states]
-            spread = spread + sum(share * torch.outer(one, one) for share, one in zip(shares, apart, strict=True))
+            spread = spread + scatter * sum(s * torch.outer(one, one) for s, one in zip(shares, apart, strict=True))
             residuals.append((z - states[0][1][LAYERS[-1]]) / (len(LAYERS) - place))
+        for others in OTHERS:
+            for fact in others:
+                ids = base.tokenizer(fact.prompt.split("{}")[0] + fact.subject)["input_ids"]
+                one = plain_states(base, ids, len(ids) - 1)[0][layer]
+                spread = spread + beside / len(others) * torch.outer(one, one)
         k, r = torch.stack(keys, 1), torch.stack(residuals, 1)
         size = len(k)
         c = moments[layer] + solve.RIDGE * moments[layer].trace() / size * torch.eye(size, dtype=torch.float64)
-        delta_of[layer] = r @ k.T @ torch.linalg.inv(weight * size * c + scatter * spread + k @ k.T)
+        delta_of[layer] = r @ k.T @ torch.linalg.inv(weight * size * c + spread + k @ k.T)
         keys_of[layer] = k.T
         matrix(base.parts.blocks[layer].mlp_out).add_(delta_of[layer])
     return keys_of, delta_of
 
 
-@pytest.mark.parametrize("scatter", [0.0, 1.0])
+@pytest.mark.parametrize(("scatter", "beside"), [(0.0, 0.0), (1.0, 0.0), (1.0, 0.5), (0.0, 2.0)])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, scatter, tokenizer):
+def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, scatter, beside, tokenizer):
     base = make_base(family, tiny_model(family, len(tokenizer), torch.float64), tokenizer)
     prepared, skipped = prepare(base, FACTS, PREFIXES)
     assert not skipped
@@ -145,8 +158,9 @@ def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, scatter
     text = torch.randn(400, base.parts.d_ff, dtype=torch.float64)
     moments = dict.fromkeys(LAYERS, text.T @ text / 400)
     before = [matrix(block.mlp_out).clone() for block in base.parts.blocks]
-    writer = Writer(base, moments, WriteOptions(weight=0.05, scatter=scatter))
-    written = writer.write(prepared, found.z)
+    writer = Writer(base, moments, WriteOptions(weight=0.05, scatter=scatter, others=beside))
+    others = [prepare(base, of_fact, ())[0] for of_fact in OTHERS] if beside else []
+    written = writer.write(prepared, found.z, others=others)
     for block, old in zip(base.parts.blocks, before, strict=True):
         assert torch.equal(matrix(block.mlp_out), old)
     # Shifts go through the same maps, and change nothing else.
@@ -157,7 +171,7 @@ def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, scatter
         assert torch.equal(again.keys[layer], written.keys[layer])
         assert torch.equal(written.shifted(0 * shifts).shifted(shifts).residuals[layer], again.residuals[layer])
         assert torch.allclose(left @ right, old_left @ old_right + shifts[:, place].T @ written.maps[layer])
-    keys, deltas = plain_write(base, [z for z, _ in plain], moments, 0.05, scatter)
+    keys, deltas = plain_write(base, [z for z, _ in plain], moments, 0.05, scatter, beside)
     for layer in LAYERS:
         # Llama norms its states in single precision whatever the model runs in.
         assert torch.allclose(written.keys[layer], keys[layer], rtol=1e-5, atol=1e-7)

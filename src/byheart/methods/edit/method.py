@@ -24,7 +24,7 @@ from byheart.methods.contract import LearnReport, Progress, Settings, parse_opti
 from byheart.methods.edit import guard
 from byheart.methods.edit.covariance import second_moments, token_counts
 from byheart.methods.edit.layers import choose_layers
-from byheart.methods.edit.others import names_in
+from byheart.methods.edit.others import about_others, names_in
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.settle import VERSION, SettleOptions, settle, text_pieces
 from byheart.methods.edit.targets import SHARED_VERSION, TargetOptions, find_targets
@@ -46,6 +46,8 @@ _STEP = 32
 _TEXT, _NAMES, _NAMED = 120, 4000, 4000
 # What is not said once all facts have settled does so again, so often at most.
 _AGAIN = 4
+# Others that a fact's prompt is put about when it is written; with eight little changes (docs/results.md).
+_BESIDE = 2
 # What follows from the facts that hold; all of it changes, or nothing does.
 _STATE = ("holding", "facts", "z", "shifts", "keys", "deltas", "skipped")
 
@@ -145,7 +147,7 @@ class Edit(ChangedWeights):
         super().learn(ledger)
         began = time.perf_counter()
         self._begin(ledger)
-        if self.options.settle:
+        if self.options.settle or self.options.others:
             most, least = token_counts(self.base, self.options.tokens)
             rows = list(islice(text_rows(self.base, self._texts, most, self.settings.seed, least), _NAMED))
             self.text = text_pieces(rows[:_TEXT])
@@ -387,8 +389,15 @@ class Edit(ChangedWeights):
     def _write(
         self, prepared: Sequence[Prepared], z: Tensor, shifts: Tensor, past: dict[int, Tensor] | None
     ) -> Written:
-        groups = self._groups([one.fact for one in prepared])
-        return _as_kept(self._ready().write(prepared, z, groups, past).shifted(shifts, groups))
+        facts = [one.fact for one in prepared]
+        groups = self._groups(facts)
+        others: list[list[Prepared]] = []
+        if self.options.others and self.options.constraint == "none":
+            # Not those that settling then looks behind: it is to see what these leave.
+            seed = f"{self.settings.seed}/written"
+            some = about_others(facts, [fact.subject for fact in facts], self.names, seed, _BESIDE)
+            others = [prepare(self.base, of_one, ())[0] for of_one in some]
+        return _as_kept(self._ready().write(prepared, z, groups, past, others).shifted(shifts, groups))
 
     def _ready(self) -> Writer:
         """The writer, with the base's second moments; made once."""
@@ -435,9 +444,9 @@ class Edit(ChangedWeights):
         } | super()._record()
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        # What it was made with, not what is usual today: once targets were sought in rounds, no object had an end, and
-        # a shared change counted once.
-        made_with = {"settle": 0, "settle_end": 0.0, "counted": False} | record["options"]
+        # What it was made with, not what is usual today: once targets were sought in rounds, no object had an end,
+        # a shared change counted once, and nothing about others stood in the solve.
+        made_with = {"settle": 0, "settle_end": 0.0, "counted": False, "others": 0.0} | record["options"]
         self.options = EditOptions(**{name: value for name, value in made_with.items() if name not in _GONE})
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])

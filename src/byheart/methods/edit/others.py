@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from math import ceil
 
-from byheart.base import Base
-from byheart.decode import token_ids
 from byheart.methods.edit.common_facts import common_facts
-from byheart.methods.edit.prompts import prompt_text
+from byheart.prompt import is_question
 from byheart.rows import Fact
 
 # Words of a name, at most.
 _WORDS = 4
+# Prompts about others in all, however many facts there are.
+_ALL = 4096
 
 
 def names_in(texts: Iterable[str], most: int, seed: int) -> list[str]:
@@ -41,24 +42,33 @@ def names_in(texts: Iterable[str], most: int, seed: int) -> list[str]:
 
 
 def about_others(
-    base: Base, facts: Sequence[Fact], edited: Iterable[str], names: Sequence[str], each: int, seed: int
-) -> list[list[int]]:
-    """The facts' prompts as tokens, each about ``each`` subjects not edited: of ``names``, and well-known ones.
+    facts: Sequence[Fact], edited: Iterable[str], names: Sequence[str], seed: str, most: int, least: int = 0
+) -> list[list[Fact]]:
+    """Each fact that asks no question about subjects not edited, as many each: some of ``names``, and well-known ones.
+
+    Behind questions about others nothing is to be held: it costs facts that are asked their paraphrases
+    (docs/results.md). Whom a fact is put about depends on it and on who is edited, not on the order of facts.
 
     Args:
         edited: subjects; one that is part of such a name, or the other way round, may well be the same thing, and is no
             other.
+        most: others that a fact is put about, fewer where there are very many facts.
+        least: so many in all, where there are few.
     """
+    asked = [fact for fact in facts if not is_question(fact.prompt)]
+    if not asked:
+        return []
     taken = [_words(name) for name in edited]
     known = {name: _words(name) for name in sorted({*names, *(fact.subject for fact in common_facts())})}
     subjects = [name for name, words in known.items() if not any(words in one or one in words for one in taken)]
-    draw = random.Random(seed)
-    asked = [
-        fact.model_copy(update={"subject": name})
-        for fact in facts
-        for name in draw.sample(subjects, min(each, len(subjects)))
+    each = min(len(subjects), max(1, min(most, _ALL // len(asked)), ceil(least / len(asked))))
+    return [
+        [
+            fact.model_copy(update={"subject": name})
+            for name in random.Random(f"{seed}/{fact.filled()}").sample(subjects, each)
+        ]
+        for fact in asked
     ]
-    return [token_ids(base.tokenizer, prompt_text(fact), beginning=True) for fact in asked]
 
 
 def _words(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import count, pairwise
+from itertools import chain, count, pairwise
 from math import ceil
 from pathlib import Path
 
@@ -17,24 +17,23 @@ from torch import Tensor, nn
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Stretch
-from byheart.decode import batches
+from byheart.decode import batches, token_ids
 from byheart.losses import drift, token_loss
 from byheart.methods.edit.ends import closing_tokens
 from byheart.methods.edit.others import about_others
-from byheart.methods.edit.prompts import Prepared, Row
+from byheart.methods.edit.prompts import Prepared, Row, prompt_text
 from byheart.methods.edit.weights import changed_by
 from byheart.methods.edit.write import Written
 from byheart.padding import right_padded
 from byheart.progress import scaled
-from byheart.prompt import is_question
 from byheart.surgery import widened
 from byheart.training import Recipe, Trained, train
 
 # Tokens a step, of prompts and of ordinary text: small enough for many steps an epoch, and for memory.
 _TOKENS, _TEXT_ROWS, _TEXT_TOKENS = 512, 4, 64
-# A step's prompts about others, of which what follows is to stay. So many are asked for each fact, and about so many in
-# all; this share is held, that which the edit changes most: the rest would say that all is well.
-_BESIDE, _SUBJECTS, _ASKED, _HELD = 16, 8, 4096, 0.25
+# A step's prompts about others, of which what follows is to stay. A fact is put about so many, and of all this share is
+# held, that which the edit changes most: the rest would say that all is well.
+_BESIDE, _EACH, _HELD = 16, 8, 0.25
 # Of an epoch, the prompts of a fact that are read behind prefixes; the bare one is always.
 _OTHERS = 1
 # A few facts take few steps an epoch; so many are taken all the same. Below so many times as many, facts begin whole.
@@ -44,7 +43,7 @@ _BETA2 = 0.99
 # Of the longest residual, what counts as none.
 _HARDLY = 0.01
 # Counts up with whatever else changes is made of the same options: finished work of before is not taken for this.
-VERSION = 6
+VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -149,17 +148,14 @@ def settle(
 
     @cache  # not before it is needed: where all is settled already, nothing is asked
     def others() -> list[list[int]]:
-        # Held behind questions about others, facts that are asked are said less, and reworded ones far less
-        # (docs/results.md); behind statements it is what spares neighbours.
-        asked = [prepared[n].fact for n in places if not is_question(prepared[n].fact.prompt)]
-        if not asked or not options.settle_beside:
+        if not options.settle_beside:
             return []
-        there = {one.fact.subject for one in prepared}
+        facts, there = [prepared[n].fact for n in places], [one.fact.subject for one in prepared]
         # Of few facts more each, so that a step's worth is held.
-        each = max(1, min(_SUBJECTS, _ASKED // len(asked)), ceil(beside / _HELD / len(asked)))
-        rows = about_others(base, asked, there, names, each, seed)
+        some = chain.from_iterable(about_others(facts, there, names, str(seed), _EACH, ceil(beside / _HELD)))
+        rows = [token_ids(base.tokenizer, prompt_text(one), beginning=True) for one in some]
         # By the edit as written, so that one who goes on after a kill holds the same.
-        return _changed_most(base, rows, lambda: changed_by(base, written.deltas), layers[0])
+        return _changed_most(base, rows, lambda: changed_by(base, written.deltas), layers[0]) if rows else []
 
     closing = cache(lambda: closing_tokens(base) if options.settle_end else None)
 

@@ -36,6 +36,8 @@ class WriteOptions:
         weight: λ of the second moment, as a multiple of d_k (:func:`solve.regularizer`).
         scatter: how much it counts that a fact's keys behind prefixes differ: 1 fits the residual at every one of them
             (least squares over all prompts), 0 at their mean alone (as published). Only with ``constraint=none``.
+        others: how much it counts that the facts' prompts about other subjects (:func:`others.about_others`) keep what
+            they have: all of a fact's together as a multiple of the fact itself. Only with ``constraint=none``.
         spread: which share of the residual each layer takes.
         constraint: ``none`` is MEMIT's least squares; ``equality`` meets every target exactly (EMMET); ``nullspace``
             writes only where text does not look (AlphaEdit).
@@ -46,6 +48,7 @@ class WriteOptions:
 
     weight: float = 0.7
     scatter: float = 1.0
+    others: float = 1.0
     spread: solve.Spread = "even"
     constraint: Constraint = "none"
     energy: float = 0.98
@@ -98,6 +101,7 @@ class Writer:
         z: Tensor,
         groups: Sequence[int] | None = None,
         past: dict[int, Tensor] | None = None,
+        others: Sequence[Sequence[Prepared]] = (),
     ) -> Written:
         """The changes after which the last layer's output at each fact's lookup token is near its target.
 
@@ -107,6 +111,7 @@ class Writer:
             z: (facts, d_model), the targets.
             groups: facts of one group are written as one, with their mean key and mean residual (MEMIT-Merge).
             past: by layer, keys (facts, d_ff) whose values shall stay as they are.
+            others: by fact, others of which its prompt shall say what it says, in the measure of ``others``.
         """
         merge = _merger(groups, len(prepared))
         written = Written()
@@ -119,6 +124,9 @@ class Writer:
             weights = None
             if self.options.scatter and self.options.constraint == "none":
                 weights = (count * merge).sum(0)
+            flat = [one for of_fact in others for one in of_fact]
+            beside = Reader(self.base, flat, self.layers[0], self.layers[-1]) if flat else None
+            each = torch.tensor([self.options.others / len(of_fact) for of_fact in others for _ in of_fact]).double()
             for place, layer in enumerate(self.layers):
                 part = solve.share(self.options.spread, place, len(self.layers))
                 keys[layer], values, reached, second = reader.read(layer, weights)
@@ -128,7 +136,10 @@ class Writer:
                     residuals = solve.before_norm(values, residuals, self._in_double(norm))
                 before = past[layer].double() if past else keys[layer][:0]
                 key, residuals = scale * (merge @ keys[layer]), merge @ residuals
-                into = scale * self._map(layer, key, before, second - key.T @ key if second is not None else None)
+                extra = [self.options.scatter * (second - key.T @ key)] if second is not None else []
+                if beside and (held := beside.read(layer, each)[3]) is not None:
+                    extra.append(held)
+                into = scale * self._map(layer, key, before, extra)
                 written.deltas[layer] = delta = _delta_of(residuals, into)
                 add_to(self.base.parts.blocks[layer].mlp_out, product(delta), attached)
                 written.residuals[layer] = written.sought[layer] = residuals
@@ -139,8 +150,12 @@ class Writer:
         base = self.base
         return lambda values: norm(values.to(base.device, base.dtype)).double().cpu()
 
-    def _map(self, layer: int, keys: Tensor, past: Tensor, scatter: Tensor | None) -> Tensor:
-        """A (facts, d_ff) of keys, so that Δ = RᵀA: every solve is linear in R, so it is solved for the identity."""
+    def _map(self, layer: int, keys: Tensor, past: Tensor, extra: Sequence[Tensor]) -> Tensor:
+        """A (facts, d_ff) of keys, so that Δ = RᵀA: every solve is linear in R, so it is solved for the identity.
+
+        Args:
+            extra: what stands beside λC.
+        """
         options, residuals = self.options, torch.eye(len(keys), dtype=keys.dtype)
         if options.constraint == "nullspace":
             if layer not in self._projectors:
@@ -151,15 +166,12 @@ class Writer:
             moment = solve.regularizer(self.moments[layer], options.weight) + past.T @ past
             if options.constraint == "equality":
                 return _whole(solve.equality(solve.cholesky(moment), keys, residuals))
-            if scatter is not None:
-                moment = moment + options.scatter * scatter
-            return solve.dense(moment, keys, residuals)
+            return solve.dense(sum(extra, moment), keys, residuals)
         if options.constraint == "equality":
             return _whole(solve.equality(self.factor(layer), keys, residuals))
         factor = self.factor(layer)
-        if scatter is not None:
-            moment = solve.regularizer(self.moments[layer], options.weight) + options.scatter * scatter
-            factor = solve.cholesky(moment)
+        if extra:
+            factor = solve.cholesky(sum(extra, solve.regularizer(self.moments[layer], options.weight)))
         return _whole(solve.woodbury(factor, keys, residuals))
 
     def factor(self, layer: int) -> Tensor:
