@@ -175,8 +175,8 @@ def test_prompts_about_others_name_nobody_who_is_edited():
     assert [len(of_fact) for of_fact in some] == [max(2, -(-5 // len(FACTS)))] * len(FACTS)
     assert some[::-1] == about_others(FACTS[::-1], [], [], "0", 2, 5) and some != about_others(FACTS, [], [], "1", 2, 5)
     (asked,) = [FACTS[0].model_copy(update={"prompt": "What is {} known for? "})]
-    assert about_others([asked, FACTS[1]], [], [], "0", 2) == [about_others(FACTS, [], [], "0", 2)[1]]
-    assert about_others([asked], [], [], "0", 2) == []
+    assert about_others([asked, FACTS[1]], [], [], "0", 2) == [[], about_others(FACTS, [], [], "0", 2)[1]]
+    assert about_others([asked], [], [], "0", 2) == [[]]
 
 
 def test_names_are_capitalised_runs_within_sentences():
@@ -371,7 +371,9 @@ def test_facts_are_written_beside_others(base, tmp_path, monkeypatch):
     asked = FACTS[0].model_copy(update={"prompt": "What is {} known for? "})
     method = learnt(base, tmp_path, [asked, *FACTS[1:]], settle=0)
     subjects = {fact.subject for fact in method.facts}
-    for fact, others in zip(FACTS[1:], given.pop(), strict=True):  # of one that is asked nobody
+    nobody, *given[:] = given.pop()
+    assert nobody == []
+    for fact, others in zip(FACTS[1:], given, strict=True):
         assert len(others) == 2 and {one.prompt for one in others} == {fact.prompt}
         assert not subjects & {one.subject for one in others}
     before = weights_with(method)
@@ -382,10 +384,9 @@ def test_facts_are_written_beside_others(base, tmp_path, monkeypatch):
     record["options"].pop("others")
     write_json(tmp_path / "kept" / "edit.json", record)
     assert Edit.from_pretrained(tmp_path / "kept", base).options.others == 0
-    for options in ({"others": 0}, {"constraint": "equality"}):
-        other = learnt(base, tmp_path, settle=0, **options)
-        assert given.pop() == []
-    assert not all(map(torch.equal, weights_with(other), before))
+    assert learnt(base, tmp_path, settle=0, constraint="equality").names == [] == given.pop()
+    other = learnt(base, tmp_path, [asked, *FACTS[1:]], settle=0, others=0)
+    assert given.pop() == [] and not all(map(torch.equal, weights_with(other), before))
 
 
 def test_so_many_times_as_much_is_held_a_step(base, tmp_path, monkeypatch):

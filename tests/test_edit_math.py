@@ -31,7 +31,7 @@ LAYERS = (0, 1)
 # Who the first and the last fact are put about; nobody the second, as if it asked a question.
 OTHERS = [
     [FACTS[n].model_copy(update={"subject": name}) for name in names]
-    for n, names in ((0, ("Tole",)), (2, ("Holm", "Hathersund")))
+    for n, names in enumerate((("Tole",), (), ("Holm", "Hathersund")))
 ]
 
 
@@ -179,24 +179,30 @@ def test_targets_keys_and_deltas_are_those_of_the_plain_formulas(family, scatter
         assert torch.allclose(left @ right, deltas[layer], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("scatter", [0.0, 1.0])
-def test_facts_written_as_one_count_as_many(scatter, tokenizer):
+@pytest.mark.parametrize(("scatter", "beside"), [(0.0, 0.0), (1.0, 0.0), (1.0, 0.5), (0.0, 2.0)])
+def test_facts_written_as_one_count_as_many(scatter, beside, tokenizer):
     base = make_base("llama", tiny_model("llama", len(tokenizer), torch.float64), tokenizer)
     one, _ = prepare(base, FACTS, PREFIXES)
     torch.manual_seed(1)
     text = torch.randn(400, base.parts.d_ff, dtype=torch.float64)
-    writer = Writer(base, dict.fromkeys(LAYERS, text.T @ text / 400), WriteOptions(weight=0.05, scatter=scatter))
-    # The second fact three times over: the least squares with three equal keys, or with one that counts three times.
-    prepared, groups = [one[0], one[1], one[1], one[2], one[1]], [0, 1, 1, 2, 1]
+    options = WriteOptions(weight=0.05, scatter=scatter, others=beside)
+    writer = Writer(base, dict.fromkeys(LAYERS, text.T @ text / 400), options)
+    # The third fact three times over: the least squares with three equal keys, or with one that counts three times.
+    prepared, groups = [one[0], one[2], one[2], one[1], one[2]], [0, 1, 1, 2, 1]
+    some = [prepare(base, of_fact, ())[0] if beside else [] for of_fact in OTHERS]
+    others = [some[0], some[2], some[2], some[1], some[2]]
     z = torch.randn(3, base.parts.d_model, dtype=torch.float64)[groups]
-    apart, together = (writer.write(prepared, z, how) for how in (None, groups))
+    apart, together = (writer.write(prepared, z, how, others=others) for how in (None, groups))
     writer.options = replace(writer.options, counted=False)
-    once = writer.write(prepared, z, groups)
+    once = writer.write(prepared, z, groups, others=others)
+    # Counting once is the same, whatever share of its others each of three equal facts brings.
+    alone = writer.write([one[0], one[2], one[1]], z[[0, 1, 3]], others=[some[0], some[2], some[1]])
     for layer in LAYERS:
         (left, right), (merged, into), (_, other) = (one.deltas[layer] for one in (apart, together, once))
         assert len(into) == len(other) == 3
         assert torch.allclose(left @ right, merged @ into, rtol=1e-5, atol=1e-7)
         assert other[1].norm() < 0.99 * into[1].norm()
+        assert torch.allclose(once.maps[layer], alone.maps[layer], rtol=1e-5, atol=1e-7)
 
 
 def random_problem(facts, size=24, out=10, seed=0):

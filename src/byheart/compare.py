@@ -22,7 +22,7 @@ import torch
 from byheart import __version__
 from byheart.answer import answer_all
 from byheart.base import Base
-from byheart.decode import end_tokens
+from byheart.decode import speaker
 from byheart.errors import DataError
 from byheart.judges import Judge
 from byheart.ledger import Ledger
@@ -102,10 +102,9 @@ def compare(
         with show.bar(f"{name}: {method.learns}s", ledger.count(method.learns)) as tick:
             report = method.learn(ledger, tick)
         mark = fingerprint(
-            name, base.hash, str(base.dtype), base.device.type, shared, encoder_record(method),
-            sorted(end_tokens(base)),
+            name, *speaker(base), shared, encoder_record(method),
             # Of the ledger as it was learnt: it may have gone on since.
-            getattr(method, "stand", ledger.stand), __version__, made_with(method), getattr(method, "digest", ""),
+            getattr(method, "stand", ledger.stand), made_with(method), getattr(method, "digest", ""),
         )  # fmt: skip
         with show.bar(f"{name}: questions", len(questions)) as tick:
             answers[name] = answer_all(method, questions, out / "answers" / f"{name}.jsonl", mark, on_done=tick)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from byheart import __version__
 from byheart.attention import fast_attention
 from byheart.base import Base, for_device
 from byheart.errors import DataError
@@ -493,6 +494,11 @@ def end_tokens(base: Base) -> frozenset[int]:
     for source in (base.model.generation_config.eos_token_id, base.tokenizer.eos_token_id):
         ids |= set(source) if isinstance(source, (list, tuple)) else ({source} if source is not None else set())
     return frozenset(ids)
+
+
+def speaker(base: Base) -> list[Any]:
+    """What completions depend on besides their prompts, for kept ones: who speaks, in what precision, on what."""
+    return [__version__, base.hash, str(base.dtype), base.device.type, sorted(end_tokens(base))]
 
 
 def batches(lengths: Sequence[int], fits: Callable[[int, int], bool]) -> list[list[int]]:

@@ -20,6 +20,7 @@ from byheart.compare import made_with, means, run_record
 from byheart.decode import Job, Sampling
 from byheart.ledger import Ledger
 from byheart.methods import LearnReport, Method, Settings, method_class
+from byheart.methods.edit.weights import ChangedWeights
 from byheart.perplexity import perplexity
 from byheart.progress import Silent
 from byheart.score import (
@@ -71,7 +72,7 @@ def run_editing(
 ) -> dict[str, Any]:  # fmt: skip
     """Edit in all cases' facts with each method, score all probes, and write ``run.json`` and ``answers.jsonl``.
 
-    Run again after a kill, it goes on where it was: what methods learn and what models say are kept in ``out``.
+    Run again after a kill, it goes on where it was: what ``edit`` learns and what models say are kept in ``out``.
     The unedited model is scored first, whatever ``methods`` says: no figure of an edit means anything without it.
 
     Returns:
@@ -138,7 +139,8 @@ def _attached(method: Method | None) -> AbstractContextManager[None]:
 
 
 def _kept(base: Base, out: Path, show: Silent, method: Method | None) -> Kept:
-    return Kept(base, out / "answers", show, getattr(method, "digest", ""))
+    assert method is None or isinstance(method, ChangedWeights)
+    return Kept(base, out / "answers", show, method.digest if method else "")
 
 
 def _drift(methods: dict[str, Any], name: str) -> None:

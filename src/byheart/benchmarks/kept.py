@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from byheart import __version__
 from byheart.base import Base
-from byheart.decode import Completion, Job, Sampling, complete, end_tokens
+from byheart.decode import Completion, Job, Sampling, complete, speaker
 from byheart.progress import Silent
 from byheart.storage import fingerprint, resumed
 
-# Completions a file is written after: what a kill costs, a minute or two.
-_AT_ONCE = 256
+# Completions a file is written after: what a kill costs, minutes at most.
+_AT_ONCE = 512
 
 
 class Kept:
@@ -30,14 +29,21 @@ class Kept:
         """What :func:`byheart.decode.complete` gives, with a bar of that label, from disk what was asked before.
 
         With ``sampling`` each completion is ``max_new_tokens`` long, and all are made at once: a job's draws depend on
-        its place. Keys and values in front of prompts are not told apart.
+        its place. No job may stand behind keys and values.
         """
         base, drawn = self.base, asdict(sampling) if sampling else None
-        asked = [[job.prompt, *job.options] for job in jobs]
+        if any(job.past for job in jobs):
+            raise ValueError("what stands behind keys and values is not told apart")
+        # The longest first, so that what does not fit the model is told at once.
+        order = sorted(range(len(jobs)), key=lambda n: -len(jobs[n].prompt)) if sampling is None else range(len(jobs))
+        asked = [[jobs[n].prompt, *jobs[n].options] for n in order]
         mark = fingerprint(
-            __version__, base.hash, str(base.dtype), base.device.type, sorted(end_tokens(base)), self.state,
-            max_new_tokens, drawn, asked,
-        )  # fmt: skip
+            *speaker(base),
+            self.state,
+            max_new_tokens,
+            drawn,
+            asked,
+        )
         made = 0
         with self.show.bar(label, len(jobs)) as tick:
 
@@ -51,6 +57,8 @@ class Kept:
 
             self.folder.mkdir(parents=True, exist_ok=True)
             step = _AT_ONCE if sampling is None else len(jobs)
-            rows = resumed(self.folder / f"{mark}.json", mark, jobs, max(step, 1), make)
+            rows = resumed(self.folder / f"{mark}.json", mark, [jobs[n] for n in order], max(step, 1), make)
             tick(len(jobs) - made)
-        return [Completion(**row | {"options": tuple(row["options"]), "hits": tuple(row["hits"])}) for row in rows]
+        by_place = dict(zip(order, rows, strict=True))
+        said = (by_place[n] for n in range(len(jobs)))
+        return [Completion(**row | {"options": tuple(row["options"]), "hits": tuple(row["hits"])}) for row in said]

@@ -41,13 +41,14 @@ _REFUSED = "rolled back by the gate"
 _GONE = ("rounds", "settle_temperature")
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
 _STEP = 32
-# Rows of ordinary text that are kept with an edit, and names, out of so many rows, so that a later fact can be settled
-# beside them.
+# Rows of ordinary text that are kept with an edit, and names, out of so many rows, so that a later fact can be written
+# and settled beside them.
 _TEXT, _NAMES, _NAMED = 120, 4000, 4000
 # What is not said once all facts have settled does so again, so often at most.
 _AGAIN = 4
-# Others that a fact's prompt is put about when it is written; with eight little changes (docs/results.md).
-_BESIDE = 2
+# Others that a fact's prompt is put about when it is written; eight do a little more, at four times the reading
+# (docs/results.md).
+_OTHERS = 2
 # What follows from the facts that hold; all of it changes, or nothing does.
 _STATE = ("holding", "facts", "z", "shifts", "keys", "deltas", "skipped")
 
@@ -147,7 +148,7 @@ class Edit(ChangedWeights):
         super().learn(ledger)
         began = time.perf_counter()
         self._begin(ledger)
-        if self.options.settle or self.options.others:
+        if self.options.settle or self._beside:
             most, least = token_counts(self.base, self.options.tokens)
             rows = list(islice(text_rows(self.base, self._texts, most, self.settings.seed, least), _NAMED))
             self.text = text_pieces(rows[:_TEXT])
@@ -392,12 +393,17 @@ class Edit(ChangedWeights):
         facts = [one.fact for one in prepared]
         groups = self._groups(facts)
         others: list[list[Prepared]] = []
-        if self.options.others and self.options.constraint == "none":
-            # Not those that settling then looks behind: it is to see what these leave.
+        if self._beside:
+            # Drawn apart from those that settling then looks behind: it is to see what these leave.
             seed = f"{self.settings.seed}/written"
-            some = about_others(facts, [fact.subject for fact in facts], self.names, seed, _BESIDE)
+            some = about_others(facts, [fact.subject for fact in facts], self.names, seed, _OTHERS)
             others = [prepare(self.base, of_one, ())[0] for of_one in some]
         return _as_kept(self._ready().write(prepared, z, groups, past, others).shifted(shifts, groups))
+
+    @property
+    def _beside(self) -> bool:
+        """Whether others stand in the solve."""
+        return self.options.others > 0 and self.options.constraint == "none"
 
     def _ready(self) -> Writer:
         """The writer, with the base's second moments; made once."""

@@ -13,7 +13,7 @@ from byheart.rows import Fact
 
 # Words of a name, at most.
 _WORDS = 4
-# Prompts about others in all, however many facts there are.
+# Prompts about others in all, as long as that leaves each fact one.
 _ALL = 4096
 
 
@@ -44,7 +44,7 @@ def names_in(texts: Iterable[str], most: int, seed: int) -> list[str]:
 def about_others(
     facts: Sequence[Fact], edited: Iterable[str], names: Sequence[str], seed: str, most: int, least: int = 0
 ) -> list[list[Fact]]:
-    """Each fact that asks no question about subjects not edited, as many each: some of ``names``, and well-known ones.
+    """Each fact about subjects not edited, some of ``names`` and well-known ones; about none where it asks a question.
 
     Behind questions about others nothing is to be held: it costs facts that are asked their paraphrases
     (docs/results.md). Whom a fact is put about depends on it and on who is edited, not on the order of facts.
@@ -55,19 +55,19 @@ def about_others(
         most: others that a fact is put about, fewer where there are very many facts.
         least: so many in all, where there are few.
     """
-    asked = [fact for fact in facts if not is_question(fact.prompt)]
-    if not asked:
-        return []
+    asked = sum(not is_question(fact.prompt) for fact in facts)
     taken = [_words(name) for name in edited]
     known = {name: _words(name) for name in sorted({*names, *(fact.subject for fact in common_facts())})}
     subjects = [name for name, words in known.items() if not any(words in one or one in words for one in taken)]
-    each = min(len(subjects), max(1, min(most, _ALL // len(asked)), ceil(least / len(asked))))
+    each = min(len(subjects), max(1, min(most, _ALL // max(asked, 1)), ceil(least / max(asked, 1))))
     return [
         [
             fact.model_copy(update={"subject": name})
             for name in random.Random(f"{seed}/{fact.filled()}").sample(subjects, each)
         ]
-        for fact in asked
+        if not is_question(fact.prompt)
+        else []
+        for fact in facts
     ]
 
 

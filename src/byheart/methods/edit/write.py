@@ -111,7 +111,7 @@ class Writer:
             z: (facts, d_model), the targets.
             groups: facts of one group are written as one, with their mean key and mean residual (MEMIT-Merge).
             past: by layer, keys (facts, d_ff) whose values shall stay as they are.
-            others: by fact, others of which its prompt shall say what it says, in the measure of ``others``.
+            others: of each fact, others of which its prompt shall say what it says, in the measure of ``others``.
         """
         merge = _merger(groups, len(prepared))
         written = Written()
@@ -121,12 +121,12 @@ class Writer:
             # n copies of a group's key are as one key that is √n times as long.
             count = (merge > 0).sum(1, keepdim=True).double() if self.options.counted else merge.sum(1, keepdim=True)
             scale = count.sqrt()
-            weights = None
-            if self.options.scatter and self.options.constraint == "none":
-                weights = (count * merge).sum(0)
+            shares = (count * merge).sum(0)
+            weights = shares if self.options.scatter and self.options.constraint == "none" else None
             flat = [one for of_fact in others for one in of_fact]
-            beside = Reader(self.base, flat, self.layers[0], self.layers[-1]) if flat else None
-            each = torch.tensor([self.options.others / len(of_fact) for of_fact in others for _ in of_fact]).double()
+            beside = Reader(self.base, flat, self.layers[0], self.layers[-1], keys_only=True) if flat else None
+            each = [share / len(some) for share, some in zip(shares.tolist(), others, strict=False) for _ in some]
+            held = self.options.others * torch.tensor(each, dtype=torch.float64)
             for place, layer in enumerate(self.layers):
                 part = solve.share(self.options.spread, place, len(self.layers))
                 keys[layer], values, reached, second = reader.read(layer, weights)
@@ -137,8 +137,8 @@ class Writer:
                 before = past[layer].double() if past else keys[layer][:0]
                 key, residuals = scale * (merge @ keys[layer]), merge @ residuals
                 extra = [self.options.scatter * (second - key.T @ key)] if second is not None else []
-                if beside and (held := beside.read(layer, each)[3]) is not None:
-                    extra.append(held)
+                if beside and (kept := beside.read(layer, held)[3]) is not None:
+                    extra.append(kept)
                 into = scale * self._map(layer, key, before, extra)
                 written.deltas[layer] = delta = _delta_of(residuals, into)
                 add_to(self.base.parts.blocks[layer].mlp_out, product(delta), attached)
@@ -208,8 +208,11 @@ class Reader:
     Nothing is run twice: a layer is read from what the layers below gave, which are final by then.
     """
 
-    def __init__(self, base: Base, prepared: Sequence[Prepared], first: int, last: int) -> None:
-        self.base, self.last, self.facts = base, last, len(prepared)
+    def __init__(
+        self, base: Base, prepared: Sequence[Prepared], first: int, last: int, *, keys_only: bool = False
+    ) -> None:
+        """Take blocks ``first`` to ``last``; with ``keys_only`` the last one's output is not wanted, and not right."""
+        self.base, self.last, self.facts, self.keys_only = base, last, len(prepared), keys_only
         self._at = first  # the block whose inputs the stretches hold
         self.bare = self._batches([(fact, one.rows[0]) for fact, one in enumerate(prepared)])
         self.behind = self._batches([(fact, row) for fact, one in enumerate(prepared) for row in one.rows[1:]])
@@ -263,7 +266,7 @@ class Reader:
                 begun.read()
         with observed([parts.blocks[layer].mlp_out], see):
             for one in self.bare:
-                hidden = one.run(self._at, layer, self.last)
+                hidden = one.run(self._at, layer, layer if self.keys_only else self.last)
                 key, part = at_lookup(seen["key"], len(one.facts)), self.bare_share[one.facts]
                 keys[one.facts] = key * part
                 if second is not None and weights is not None:
