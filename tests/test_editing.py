@@ -206,7 +206,7 @@ def test_scoring_goes_on_after_a_kill(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr("byheart.benchmarks.kept._AT_ONCE", 2)
     monkeypatch.setattr("byheart.benchmarks.kept.complete", counted)
-    jobs = [Job(f"Ebb {n} is", (" Ann", " Holm")) for n in range(5)]
+    jobs = [Job(f"{'Ebb ' * length}is", (" Ann", " Holm")) for length in (2, 1, 5, 3, 4)]
     kept = Kept(base, tmp_path, Silent())
     with pytest.raises(KeyboardInterrupt):
         kept.complete("x", jobs, max_new_tokens=3)
@@ -219,6 +219,8 @@ def test_scoring_goes_on_after_a_kill(tiny, tmp_path, monkeypatch):
     Kept(base, tmp_path, Silent(), "changed").complete("x", jobs, max_new_tokens=3)
     kept.complete("x", jobs, max_new_tokens=2)
     assert asked == [2, 2, 2, 1] + 2 * [2, 2, 1]
+    with pytest.raises(ValueError, match="keys and values"):
+        kept.complete("x", [replace(jobs[0], past=(None,))], max_new_tokens=3)
 
 
 def test_options_are_read_before_anything_is_scored(tiny, tmp_path, monkeypatch):
