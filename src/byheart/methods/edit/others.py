@@ -55,20 +55,17 @@ def about_others(
         most: others that a fact is put about, fewer where there are very many facts.
         least: so many in all, where there are few.
     """
-    asked = sum(not is_question(fact.prompt) for fact in facts)
+    stated = max(1, sum(not is_question(fact.prompt) for fact in facts))
     taken = [_words(name) for name in edited]
     known = {name: _words(name) for name in sorted({*names, *(fact.subject for fact in common_facts())})}
     subjects = [name for name, words in known.items() if not any(words in one or one in words for one in taken)]
-    each = min(len(subjects), max(1, min(most, _ALL // max(asked, 1)), ceil(least / max(asked, 1))))
-    return [
-        [
-            fact.model_copy(update={"subject": name})
-            for name in random.Random(f"{seed}/{fact.filled()}").sample(subjects, each)
-        ]
-        if not is_question(fact.prompt)
-        else []
-        for fact in facts
-    ]
+    each = min(len(subjects), max(1, min(most, _ALL // stated), ceil(least / stated)))
+    found: list[list[Fact]] = []
+    for fact in facts:
+        draw = random.Random(f"{seed}/{fact.filled()}")
+        drawn = [] if is_question(fact.prompt) else draw.sample(subjects, each)
+        found.append([fact.model_copy(update={"subject": name}) for name in drawn])
+    return found
 
 
 def _words(name: str) -> str:

@@ -111,7 +111,8 @@ class Writer:
             z: (facts, d_model), the targets.
             groups: facts of one group are written as one, with their mean key and mean residual (MEMIT-Merge).
             past: by layer, keys (facts, d_ff) whose values shall stay as they are.
-            others: of each fact, others of which its prompt shall say what it says, in the measure of ``others``.
+            others: of each fact (empty: of none) others of which its prompt shall say what it says, in the measure of
+                the option of that name.
         """
         merge = _merger(groups, len(prepared))
         written = Written()
@@ -123,9 +124,10 @@ class Writer:
             scale = count.sqrt()
             shares = (count * merge).sum(0)
             weights = shares if self.options.scatter and self.options.constraint == "none" else None
+            others = others or [()] * len(prepared)
             flat = [one for of_fact in others for one in of_fact]
             beside = Reader(self.base, flat, self.layers[0], self.layers[-1], keys_only=True) if flat else None
-            each = [share / len(some) for share, some in zip(shares.tolist(), others, strict=False) for _ in some]
+            each = [share / len(some) for share, some in zip(shares.tolist(), others, strict=True) for _ in some]
             held = self.options.others * torch.tensor(each, dtype=torch.float64)
             for place, layer in enumerate(self.layers):
                 part = solve.share(self.options.spread, place, len(self.layers))
