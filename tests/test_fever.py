@@ -178,7 +178,7 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
     plan = Plan(shots=(0, 2), variants=("none", "doc", "temp", "doctemp", "other"), seeds=(0, 1))
     run = run_fever(fever, base, tmp_path / "out", Settings(shots=0, options=options), plan)
     assert {(c["variant"], c["shots"]) for c in run["cells"]} == {
-        (variant, n) for variant in (*plan.variants, "context") for n in (0, 2)
+        (variant, n) for variant in (*plan.variants, "context") for n in (0, 2, "mean")
     }
     assert all(0 <= c["metrics"]["accuracy"] <= 1 for c in run["cells"])
     assert {"page_token_accuracy"} <= set(next(t for t in run["training"] if t["variant"] == "doc"))
@@ -186,12 +186,17 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
     asked = len(fever.part("validation"))
     assert len(answers) == asked * 6 * 2 * 2
     for cell in run["cells"]:  # every figure can be found again in the answers
-        rows = [a for a in answers if (a["variant"], a["shots"]) == (cell["variant"], cell["shots"])]
+        rows = [a for a in answers if a["variant"] == cell["variant"] and cell["shots"] in (a["shots"], "mean")]
         right = sum(a["likelihood"] == a["label"] for a in rows) / len(rows)
         assert cell["metrics"]["accuracy"] == pytest.approx(right)
     page = write_fever_report(tmp_path / "out").read_text()
     assert f"{run['cells'][0]['metrics']['accuracy']:.3f}" in page
-    assert "supports against refutes" in page
+    assert "supports against refutes" in page and "mean of all" in page
+    known = {(c["variant"], c["shots"]): c["metrics"]["accuracy"] for c in run["cells"]}
+    for pair in run["pairs"]:
+        if pair["metric"] == "accuracy" and pair["shots"] == "mean" and pair["against"] != "claim only":
+            difference = known[pair["variant"], "mean"] - known[pair["against"], "mean"]
+            assert pair["difference"] == pytest.approx(difference)
     # A page that is too long for the model to read costs its cell, and nothing else.
     plain = Kept.complete
 
@@ -205,7 +210,7 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
         short = run_fever(fever, base, tmp_path / "out", Settings(shots=0, options=options), plan)
     assert short["left_out"] == {f"page in the prompt, 2 shots, seed {seed}": "too long" for seed in (0, 1)}
     assert [c for c in run["cells"] if c not in short["cells"]] == [
-        c for c in run["cells"] if (c["variant"], c["shots"]) == ("context", 2)
+        c for c in run["cells"] if c["variant"] == "context" and c["shots"] in (2, "mean")
     ]
     page = write_fever_report(tmp_path / "out").read_text()
     assert "page in the prompt, 2 shots, seed 1" in page and "too long" in page

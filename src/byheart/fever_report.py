@@ -24,11 +24,11 @@ _PAIRED = {"accuracy": "accuracy", "accuracy_generated": "generated", "supports_
 def grids(run: dict[str, Any]) -> Iterator[Grid]:
     """The run's tables as the seed prints them: a row a memory, a column a number of examples."""
     cells = {(cell["variant"], cell["shots"]): cell for cell in run["cells"]}
-    shots = sorted({n for _, n in cells})
+    shots = sorted({n for _, n in cells}, key=lambda n: (isinstance(n, str), n))
     variants = list(dict.fromkeys(variant for variant, _ in cells))
     for metric, title in _METRICS.items():
         rows = [[variant, *(_cell(cells.get((variant, n)), metric) for n in shots)] for variant in variants]
-        yield title, ["memory", *(f"{n} shots" for n in shots)], rows
+        yield title, ["memory", *("mean of all" if isinstance(n, str) else f"{n} shots" for n in shots)], rows
     if run.get("left_out"):
         yield "left out", ["", "why"], [[label, why] for label, why in run["left_out"].items()]
     only, most = run["controls"]["claim_only"], run["controls"]["majority"]
@@ -41,7 +41,7 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
         ],
     )
     if run.get("pairs"):
-        found: dict[tuple[str, str, int], dict[str, str]] = {}
+        found: dict[tuple[str, str, int | str], dict[str, str]] = {}
         for pair in run["pairs"]:
             low, high = pair["interval"]
             row = found.setdefault((pair["variant"], pair["against"], pair["shots"]), {})

@@ -39,6 +39,8 @@ _CONTENT_FREE = "N/A"
 _ANSWER_TOKENS = 8
 # Two memories for "other", each asked about the pages that it did not learn.
 _FOLDS = 2
+# In place of a number of examples: all of them, each run of each as much.
+MEAN = "mean"
 
 
 @dataclass(frozen=True)
@@ -293,15 +295,29 @@ def _share(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
+def _runs(
+    answers: dict[tuple[str, int, int], list[dict[str, Any]]], asked: Sequence[Claim]
+) -> dict[tuple[str, int | str], list[list[dict[str, Any]]]]:
+    """The runs of each variant with each number of examples; as :data:`MEAN` all of one with which none is left out."""
+    found: dict[tuple[str, int | str], list[list[dict[str, Any]]]] = {}
+    for (variant, shots, _), rows in answers.items():
+        if len(rows) == len(asked):
+            found.setdefault((variant, shots), []).append(rows)
+    numbers = {shots for _, shots in found}
+    for variant in dict.fromkeys(variant for variant, _ in found):
+        each = [found.get((variant, shots), []) for shots in numbers]
+        # Every claim as often with each number: else one variant's mean would be of other prompts than another's.
+        if len(numbers) > 1 and len({len(runs) for runs in each}) == 1:
+            found[variant, MEAN] = [rows for runs in each for rows in runs]
+    return found
+
+
 def _cells(
     answers: dict[tuple[str, int, int], list[dict[str, Any]]], asked: Sequence[Claim], seed: int
 ) -> list[dict[str, Any]]:
-    """A cell a variant and number of shots: means over seeds, intervals over claims."""
+    """A cell a variant and number of examples: means over its runs, intervals over claims."""
     cells = []
-    for variant, shots in dict.fromkeys((variant, shots) for variant, shots, _ in answers):
-        runs = [rows for (v, s, _), rows in answers.items() if (v, s) == (variant, shots) and len(rows) == len(asked)]
-        if not runs:
-            continue
+    for (variant, shots), runs in _runs(answers, asked).items():
         rows = [_claim_metrics(claim, [one[n] for one in runs]) for n, claim in enumerate(asked)]
         metrics, intervals = means(rows, seed)
         truth = [claim.label for claim in asked]
@@ -311,7 +327,7 @@ def _cells(
             for name in ("micro_f1", "macro_f1"):
                 metrics[name + suffix] = _share([one[name] for one in each])
         cells.append(
-            {"variant": variant, "shots": shots, "seeds": len(runs), "metrics": metrics, "intervals": intervals}
+            {"variant": variant, "shots": shots, "runs": len(runs), "metrics": metrics, "intervals": intervals}
         )
     return cells
 
@@ -332,10 +348,10 @@ def _pairs(
     seed: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Differences on the same claims: what the questions of the experiment, and the controls, come down to."""
-    table: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for variant, shots in dict.fromkeys((variant, shots) for variant, shots, _ in answers):
-        runs = [rows for (v, s, _), rows in answers.items() if (v, s) == (variant, shots)]
-        table[variant, shots] = [_claim_metrics(claim, [one[n] for one in runs]) for n, claim in enumerate(asked)]
+    table = {
+        key: [_claim_metrics(claim, [one[n] for one in runs]) for n, claim in enumerate(asked)]
+        for key, runs in _runs(answers, asked).items()
+    }
     wording = [
         {"accuracy": float(three == claim.label)}
         | ({"supports_refutes": float(two == claim.label)} if claim.label in LABELS[:2] else {})
@@ -343,14 +359,14 @@ def _pairs(
     ]
     found = []
 
-    def add(ours: str, theirs: str, shots: int, one: list[dict[str, float]], two: list[dict[str, float]]) -> None:
+    def add(ours: str, theirs: str, shots: int | str, one: list[dict[str, float]], two: list[dict[str, float]]) -> None:
         for metric in ("accuracy", "accuracy_generated", "supports_refutes"):
             both = [(a[metric], b[metric]) for a, b in zip(one, two, strict=True) if metric in a and metric in b]
             if both:
                 a, b = [x for x, _ in both], [y for _, y in both]
                 difference, interval = paired_difference(a, b, seed=seed)
-                entry = {"variant": ours, "against": theirs, "shots": shots, "metric": metric, "claims": len(both)}
-                entry |= {"difference": difference, "interval": list(interval)}
+                entry: dict[str, Any] = {"variant": ours, "against": theirs, "shots": shots, "metric": metric}
+                entry |= {"claims": len(both), "difference": difference, "interval": list(interval)}
                 if set(a) | set(b) <= {0.0, 1.0}:
                     entry["mcnemar_p"] = mcnemar(a, b)
                 found.append(entry)
@@ -362,7 +378,7 @@ def _pairs(
                 add(variant, other, shots, rows, table[other, shots])
         if variant not in ("none", "context"):
             add(variant, "claim only", shots, rows, wording)
-        if shots and (variant, 0) in table:
+        if shots not in (0, MEAN) and (variant, 0) in table:
             add(f"{variant}, {shots} shots", f"{variant}, 0 shots", shots, rows, table[variant, 0])
     return found
 
