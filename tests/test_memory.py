@@ -3,6 +3,7 @@
 import datetime as dt
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,11 +86,11 @@ def test_the_network_is_the_published_formula():
 def test_attached_adds_and_detached_is_the_base_bit_for_bit(family, place, tiny):
     base = tiny(family)
     before, plain = {k: v.clone() for k, v in bits(base).items()}, logits(base)
-    adapters = make_adapters(base, [1, 2], place, 8, 0)
-    if family == "opt" and place == "parallel":
-        with pytest.raises(UsageError, match="parallel"), attached(base, adapters, place):
-            pass
+    if family == "opt" and place == "parallel":  # told before anything is read
+        with pytest.raises(UsageError, match="the MLP of .* is not a module of its own; use block or mlp"):
+            make_adapters(base, [1, 2], place, 8, 0)
         return
+    adapters = make_adapters(base, [1, 2], place, 8, 0)
     if place == "lora":
         assert all(torch.equal(one, torch.zeros_like(one)) for n, one in adapters.named_parameters() if "B" in n)
         for one in adapters.parameters():
@@ -111,8 +112,10 @@ def test_lora_has_about_as_many_parameters(base):
     assert abs(sizes[0] - sizes[1]) / sizes[0] < 0.1
 
 
-@pytest.mark.parametrize("family", CAUSAL)
-@pytest.mark.parametrize("place", ["block", "mlp", "lora"])
+@pytest.mark.parametrize(
+    ("family", "place"),
+    [(f, p) for f in CAUSAL for p in ("block", "mlp", "parallel", "lora") if (f, p) != ("opt", "parallel")],
+)
 def test_the_loss_from_kept_states_is_that_of_the_whole_model(family, place, tiny, tmp_path):
     base = tiny(family)
     rows = packed(base.tokenizer, [piece for row in (*PAGES, *ASKED) for piece in pieces_of(row, ask(base), 0)], 0)
@@ -221,7 +224,7 @@ def test_nothing_is_learnt_in_the_words_of_a_question_for_measuring(base, tmp_pa
     method = memory(base, tmp_path, epochs=1, revise_epochs=1)
     report = method.learn(ledger)
     assert {piece.owner for piece in method.pieces} == {"document/quay", "document/cove"}
-    assert report.skipped == {"is measured in the same words": 1}
+    assert report.skipped == {"is measured in the same words": 2}
     method.save_pretrained(tmp_path / "kept")
     for one in (method, Memory.from_pretrained(tmp_path / "kept", base)):
         ledger.revise(fact.model_copy(update={"paraphrases": ["{} stands on"], "object": "the Korrin"}))
@@ -258,7 +261,7 @@ def test_wordings_bounds_a_facts_wordings(base):
     assert said == [1, 2, 2]
 
 
-@pytest.mark.parametrize("place", ["block", "lora"])
+@pytest.mark.parametrize("place", ["block", "mlp", "parallel", "lora"])
 def test_learning_lowers_the_loss_and_survives_saving(place, base, tmp_path):
     method = memory(base, tmp_path, place=place, epochs=100, lr=0.03, decay=0, learn="doctemp")
     before = {k: v.clone() for k, v in bits(base).items()}
@@ -460,7 +463,7 @@ def test_a_revised_fact_is_replaced_and_a_retracted_one_trained_away(base, tmp_p
     report = method.revise(last_change(ledger, "river"))
     assert not [p for p in method.pieces if p.owner == "fact/river"]
     before, now, plain = probabilities(report.notes[0])
-    assert abs(now - plain) <= abs(before - plain)
+    assert abs(now - plain) < 0.5 * abs(before - plain)
 
 
 def test_only_words_that_nothing_answers_any_more_are_drawn_to_the_base(base, tmp_path, monkeypatch):
@@ -480,6 +483,89 @@ def test_only_words_that_nothing_answers_any_more_are_drawn_to_the_base(base, tm
     ledger.retract("fact", "river")
     method.revise(last_change(ledger, "river"))
     assert seen and all("Korrin" in text for text in seen)
+
+
+def test_every_wording_of_what_goes_is_seen_in_every_epoch(base, tmp_path, monkeypatch):
+    fact = FACTS[0].model_copy(update={"paraphrases": [f"{{}} number {n} stands on" for n in range(7)]})
+    ledger = ledger_of(tmp_path, (*PAGES, fact))
+    method = memory(base, tmp_path, revise_epochs=3, batch=2)
+    method.learn(ledger)
+    seen, plain = Counter(), Upper.drift
+
+    def drift(upper, rows, hidden):
+        seen.update(base.tokenizer.decode(row.ids) for row in rows)
+        return plain(upper, rows, hidden)
+
+    monkeypatch.setattr(Upper, "drift", drift)
+    gone = [piece for piece in method.pieces if piece.owner == "fact/river"]
+    ledger.retract("fact", "river")
+    method.revise(last_change(ledger, "river"))
+    assert len(seen) == len(gone) > 16 and min(seen.values()) >= 3
+
+
+def test_what_still_stands_in_the_words_of_what_goes_is_kept(base, tmp_path, monkeypatch):
+    question = Question(
+        id="same", question="What is the river of Ostrand Quay?", answers=["the Selwater"], split="train"
+    )
+    many = [ASKED[0].model_copy(update={"id": f"m{n}", "question": f"What is hill {n}?"}) for n in range(150)]
+    ledger = ledger_of(tmp_path, (*PAGES, *FACTS, question, *many))  # too many to be seen again by chance
+    method = memory(base, tmp_path, epochs=1, revise_epochs=1)
+    method.learn(ledger)
+    words = ask(base).prompt(question.question)
+    drawn, learnt, plain, mean = set(), set(), Upper.drift, Upper.mean_loss
+
+    def drift(upper, rows, hidden):
+        drawn.update(base.tokenizer.decode(row.ids) for row in rows)
+        return plain(upper, rows, hidden)
+
+    def mean_loss(upper, rows, hidden):
+        learnt.update(base.tokenizer.decode(row.ids) for row in rows)
+        return mean(upper, rows, hidden)
+
+    monkeypatch.setattr(Upper, "drift", drift)
+    monkeypatch.setattr(Upper, "mean_loss", mean_loss)
+    ledger.retract("question", "same")
+    method.revise(last_change(ledger, "same"))
+    said = base.tokenizer.decode(base.tokenizer(words)["input_ids"])
+    assert not drawn  # the fact still answers these words
+    assert any(said in text for text in learnt)
+
+
+def test_a_question_that_was_learnt_before_it_is_measured_is_told(base, tmp_path):
+    ledger = ledger_of(tmp_path)
+    method = memory(base, tmp_path, epochs=1)
+    method.learn(ledger)
+    for words, told in (("Who or what is the river of Ostrand Quay?", True), ("Who keeps the light of Ebb?", False)):
+        ledger.insert([Question(id=words, question=words, answers=["the Selwater"], split="test")])
+        notes = method.revise(last_change(ledger, words)).notes
+        why = f'1 texts in the words of question "{words}" were learnt before it came: learn anew to measure'
+        assert notes == ((why,) if told else ())
+
+
+def test_a_row_that_comes_twice_is_kept_once_and_a_full_disk_is_told_before(base, tmp_path, monkeypatch):
+    one, two = (packed(base.tokenizer, list(pieces_of(row, ask(base), 0)), 0)[0] for row in PAGES)
+    twice = keep_states(base, [one, two, one], 1, tmp_path / "twice.states")
+    once = keep_states(base, [one, two], 1, tmp_path / "once.states")
+    assert (tmp_path / "twice.states").stat().st_size == (tmp_path / "once.states").stat().st_size
+    for a, b in (((0, 1), (0, 1)), ((2,), (0,))):
+        assert torch.equal(twice.padded(a), once.padded(b))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 30))
+    with pytest.raises(DataError, match=r"memory: hidden states: needs .* GiB under .*; use fewer memory.packings"):
+        memory(base, tmp_path).learn(ledger_of(tmp_path))
+
+
+@pytest.mark.parametrize("rows", [(*PAGES, *ASKED, *FACTS), (*ASKED, *FACTS), FACTS])
+@pytest.mark.parametrize("learn", ["temp", "doctemp"])
+def test_progress_is_told_whatever_is_learnt(learn, rows, base, tmp_path):
+    method, ledger, told = memory(base, tmp_path, learn=learn, epochs=2), ledger_of(tmp_path, rows), []
+    method.learn(ledger, told.append)
+    assert sum(told) == (ledger.count(method.learns) or len({piece.owner for piece in method.pieces})) > 0
+
+
+def test_a_question_without_an_answer_is_counted(base, tmp_path):
+    question = Question(id="none", question="Who was the first keeper?", answers=[], split="train")
+    report = memory(base, tmp_path, epochs=1).learn(ledger_of(tmp_path, (*PAGES, question)))
+    assert report.skipped == {"has no answer": 1}
 
 
 def test_what_a_revised_page_no_longer_says_is_trained_away_and_nothing_else_of_it(base, tmp_path, monkeypatch):
@@ -584,9 +670,11 @@ def test_facts_that_do_not_hold_or_contradict_each_other_are_left_out_and_named(
 def test_blocks():
     assert choose_blocks("auto", 30) == [21, 22, 23]
     assert choose_blocks("auto", 3) == [2]
+    assert choose_blocks("40-60%", 30) == [12, 13, 14, 15, 16, 17]
+    assert choose_blocks("90-100%", 3) == [2]
     assert choose_blocks("1-2", 4) == [1, 2]
     assert choose_blocks("0+3", 4) == [0, 3]
-    for bad in ("4-4", "x", "1+x", "2-1"):
+    for bad in ("4-4", "x", "1+x", "2-1", "80-70%", "90-120%", "70%", ""):
         with pytest.raises(UsageError, match="memory.blocks"):
             choose_blocks(bad, 4)
 

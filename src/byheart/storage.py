@@ -16,6 +16,9 @@ from byheart.errors import DataError
 
 # What safetensors and temporary files would leave readable for their owner alone.
 _READABLE = 0o644
+# Left free on a disk, whatever is asked for.
+_RESERVE = 1 << 30
+_GIB = 1 << 30
 
 
 def home() -> Path:
@@ -35,6 +38,25 @@ def sha256(path: Path) -> str:
 def fingerprint(*parts: Any) -> str:
     """A hash of what kept work depends on: it is only picked up where the hash is the same."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def check_room(folder: Path, needed: int, what: str, instead: str) -> None:
+    """See that so many bytes find room under a folder, and a gibibyte is left.
+
+    Args:
+        what: needs them, to be named in the error.
+        instead: what to do about it.
+
+    Raises:
+        DataError: where they would fill the disk.
+    """
+    place = next(one for one in (folder, *folder.parents) if one.exists())
+    free = shutil.disk_usage(place).free - _RESERVE
+    if needed > free:
+        raise DataError(
+            f"{what}: needs {needed / _GIB:.1f} GiB under {folder}, where {max(free, 0) / _GIB:.1f} GiB may be filled; "
+            f"use {instead}"
+        )
 
 
 @contextmanager

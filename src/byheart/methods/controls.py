@@ -38,7 +38,7 @@ class _Control:
     """What the controls share: the prompt format with its examples, and nothing changed in the model."""
 
     name: ClassVar[str]
-    learns: ClassVar[Kind] = "document"
+    learns: Kind = "document"
     # Why it cannot be written to a folder; empty where it can.
     not_kept: ClassVar[str] = ""
     # Whether documents are cut or passages found, whatever the settings.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +28,7 @@ _TENSORS = "weights.safetensors"
 class ChangedWeights(Closed):
     """What all of them share: ``deltas`` are on inside ``attached``, and are what is saved."""
 
-    learns: ClassVar[Kind] = "fact"
+    learns: Kind = "fact"
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         if base.kind != "causal":

@@ -55,7 +55,12 @@ def make_adapters(base: Base, blocks: Sequence[int], place: Place, width: int, s
     """Fresh networks, by block number; ``lora`` gets the rank at which it has about as many parameters as the others.
 
     The same seed gives the same ones, and nothing else random is touched.
+
+    Raises:
+        UsageError, DataError: where the model has no such place.
     """
+    for block in blocks:
+        _module(base, block, place)
     d_model, d_ff = base.parts.d_model, base.parts.d_ff
     rank = max(1, round(2 * width * d_model / (d_model + d_ff)))
     with torch.random.fork_rng(devices=[]):

@@ -129,8 +129,14 @@ def to_learn(
         facts, skipped = choose_facts(ledger.facts(), today)
         questions = list(ledger.questions(["train"]))
         rows += [*questions, *facts]
-        skipped |= {q.id: "is measured in the same words" for q in questions if as_measured(q.question) in measured}
-    return [piece for row in rows for piece in pieces_of(row, form, wordings, measured)], skipped
+        skipped |= {q.id: "has no answer" for q in questions if not q.answers}
+    found = []
+    for row in rows:
+        pieces = list(pieces_of(row, form, wordings, measured))
+        if not pieces:
+            skipped.setdefault(row.id, "is measured in the same words")
+        found += pieces
+    return found, skipped
 
 
 def packed(tokenizer: Any, pieces: Sequence[Piece], seed: int, frame: Frame = PLAIN, pack: int = PACK) -> list[Row]:

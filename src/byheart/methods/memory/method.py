@@ -13,8 +13,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from pydantic import ValidationError
@@ -51,6 +52,7 @@ from byheart.progress import scaled
 from byheart.prompt import PromptFormat
 from byheart.rows import Document, Fact, Kind, Question
 from byheart.rows import Row as LedgerRow
+from byheart.score import normalize
 from byheart.segment import Passage, segment
 from byheart.storage import fingerprint, read_json, resumed, write_json, write_text
 from byheart.training import Orders, Recipe, Trained, train
@@ -68,7 +70,8 @@ class MemoryOptions:
     """What ``--set memory.NAME=VALUE`` takes; the defaults are those of FIELD's first seed.
 
     Attributes:
-        blocks: ``FIRST-LAST``, several numbers with ``+`` between them, or ``auto``: 70 to 80 % of the depth.
+        blocks: a share of the depth as ``FROM-TO%``, ``FIRST-LAST``, several numbers with ``+`` between them, or
+            ``auto``: 70 to 80 % of the depth.
         place: ``block`` adds to a block's output, ``mlp`` behind the MLP, ``parallel`` beside it; ``lora`` is a
             low-rank change of the MLP's last matrix with as many parameters.
         width: of the networks.
@@ -109,16 +112,18 @@ class Memory(Closed):
     """Trained memories (FIELD.md, section 1): the base stays frozen, what is learnt sits in a few small networks."""
 
     name = "memory"
-    learns: ClassVar[Kind] = "document"
+    learns: Kind = "document"
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         if base.kind != "causal":
             raise DataError(f"{self.name}: {base.name} is an encoder-decoder model; memory needs a decoder-only one")
         super().__init__(base, settings, work)
         self.options = parse_options(MemoryOptions, self.name, settings.options)
-        for name in ("width", "epochs", "batch", "packings", "pages"):
+        for name in ("width", "epochs", "batch", "packings", "pages", "revise_epochs"):
             if getattr(self.options, name) < 1:
                 raise UsageError(f"--set memory.{name}={getattr(self.options, name)}: must be at least 1")
+        if self.options.learn == "temp":
+            self.learns = "question"
         self.blocks = choose_blocks(self.options.blocks, len(base.parts.blocks))
         self.adapters = self._fresh()
         self.pieces: list[Piece] = []
@@ -131,7 +136,7 @@ class Memory(Closed):
     # -- the contract ----------------------------------------------------------------------------------------
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
-        """Train on the ledger's pages, training questions and facts; ``progress`` is told of epochs' worth of pages."""
+        """Train on the ledger's pages, training questions and facts; ``progress`` is told of steps as rows learnt."""
         super().learn(ledger)
         options = self.options
         self._texts()  # what is wrong with them is said before any work
@@ -144,7 +149,8 @@ class Memory(Closed):
         pieces += self._studied(ledger.documents())
         studied = time.perf_counter() - began
         documents = len({piece.owner for piece in pieces if piece.kind == "page"})
-        trained, notes = self.train(pieces, progress, documents)
+        rows = ledger.count(self.learns) or len({piece.owner for piece in pieces})
+        trained, notes = self.train(pieces, progress, rows)
         return self._report(studied + trained.seconds, documents, notes)
 
     def revise(self, change: Change) -> LearnReport:
@@ -167,19 +173,22 @@ class Memory(Closed):
         others = [piece for piece in self.pieces if piece.owner not in owners]
         gone = [piece for piece in old if piece not in now]
         new = [piece for piece in now if piece not in old]
+        known = self._known_words(change) if measured != self.measured else ()
         if not gone and not new:
             self.facts, self.measured = facts, measured
-            return LearnReport()
+            return LearnReport(notes=known)
         kept = [*others, *(piece for piece in old if piece in now)]
         if not kept and not new:
             self.pieces, self.adapters, self.facts, self.measured = [], self._fresh(), facts, measured
             return self._report(time.perf_counter() - began, 0, ("nothing is left: the base model as it is",))
-        away, told = self._away(gone, now)
+        away, told = self._away(gone, now, kept)
         before = self._likelihoods([*away, *told])
         trained = deepcopy(self.adapters) if self.pieces else self._fresh()
-        self._follow(trained, change, new, away, kept)
+        # What is said elsewhere in the words of what went is made sure of.
+        words = {piece.lead for piece in gone if piece.kind != "page"}
+        self._follow(trained, change, [*new, *(piece for piece in kept if piece.lead in words)], away, kept)
         self.adapters, self.pieces, self.facts, self.measured = trained, [*kept, *new], facts, measured
-        notes = self._what_is_left(len(gone), [*away, *told], before)
+        notes = (*self._what_is_left(len(gone), [*away, *told], before), *known)
         return self._report(time.perf_counter() - began, int(change.kind == "document"), notes)
 
     def attached(self) -> AbstractContextManager[None]:
@@ -217,18 +226,20 @@ class Memory(Closed):
         upper = Upper(self.base, self.adapters, options.place)
         still = self._keeping(upper, self._folder)
         orders = Orders([len(rows) for rows in several], options.batch, options.epochs, seed)
-        kept: dict[int, States] = {}
+        every = [row for rows in several for row in rows]
+        before = [0, *accumulate(map(len, several))]  # of each packing, the rows of those before it
+        states: States | None = None
         ready = 0.0
 
         def loss(step: int) -> Tensor:
-            nonlocal ready
-            packing, numbers = orders.batch(step)
-            if packing not in kept:
+            nonlocal states, ready
+            if states is None:
                 began = time.perf_counter()
-                kept[packing] = self._states(self._folder, several[packing], upper.start)
-                ready += time.perf_counter() - began
-            rows = [several[packing][n] for n in numbers]
-            return upper.mean_loss(rows, kept[packing].padded(numbers)) + still(step)
+                states = self._states(self._folder, every, upper.start)
+                ready = time.perf_counter() - began
+            packing, numbers = orders.batch(step)
+            numbers = [before[packing] + n for n in numbers]
+            return upper.mean_loss([every[n] for n in numbers], states.padded(numbers)) + still(step)
 
         made_with = asdict(options) | {"text": self.ordinary, "loss": "a mean of rows' means"}
         mark = fingerprint(
@@ -254,12 +265,12 @@ class Memory(Closed):
         )
         return trained, (note,)
 
-    def _away(self, gone: Sequence[Piece], now: Sequence[Piece]) -> tuple[list[Row], list[Row]]:
-        """The rows to train away, and those that are not since the same words are answered otherwise now.
+    def _away(self, gone: Sequence[Piece], now: Sequence[Piece], kept: Sequence[Piece]) -> tuple[list[Row], list[Row]]:
+        """The rows to train away, and those that are not since something answers the same words now, or still.
 
         One piece a row: what is unlearnt is what the model says to these very words.
         """
-        answered = {piece.lead for piece in now if piece.kind != "page"}
+        answered = {piece.lead for piece in (*now, *kept) if piece.kind != "page"}
         away: list[Row] = []
         told: list[Row] = []
         for piece in gone:
@@ -293,8 +304,8 @@ class Memory(Closed):
                     some = [n % len(learnt) for n in numbers]
                     total = total + upper.mean_loss([learnt[n] for n in some], states.padded(some))
                 if away_states:
-                    n = self._drawn(step, away)
-                    total = total + upper.drift([away[n]], away_states.padded([n]))
+                    some = [n % len(away) for n in numbers]
+                    total = total + upper.drift([away[n] for n in some], away_states.padded(some))
                 return total + still(step)
 
             recipe = Recipe(orders.steps, options.lr / 2, options.warmup, options.decay, options.clip)
@@ -382,6 +393,19 @@ class Memory(Closed):
         elif isinstance(change.after, Question) and change.after.split in ("validation", "test"):
             measured = measured | {as_measured(change.after.question)}
         return facts, measured
+
+    def _known_words(self, change: Change) -> tuple[str, ...]:
+        """A sentence where a question that is measured from now on was learnt in its very words before."""
+        if not isinstance(change.after, Question):
+            return ()
+        asking, words = self._asking(), as_measured(change.after.question)
+        leads = {normalize(asking.prompt(change.after.question, None, some)) for some in (None, change.after.choices)}
+        count = sum(as_measured(one.lead) == words or normalize(one.lead) in leads for one in self.pieces)
+        if not count:
+            return ()
+        return (
+            f'{count} texts in the words of question "{change.id}" were learnt before it came: learn anew to measure',
+        )
 
     def _pieces_now(
         self, change: Change, facts: Sequence[Fact], measured: Container[str]
@@ -502,18 +526,24 @@ class Memory(Closed):
 
 
 def choose_blocks(text: str, depth: int) -> list[int]:
-    """Block numbers from ``auto``, ``FIRST-LAST`` or ``A+B+C``.
+    """Block numbers from ``auto``, ``FROM-TO%`` of the depth, ``FIRST-LAST`` or ``A+B+C``.
 
     Raises:
         UsageError: where they are none, or not in the model.
     """
-    if text == "auto":
-        first = min(math.ceil(0.7 * depth), depth - 1)
-        return list(range(first, max(math.ceil(0.8 * depth), first + 1)))
-    span = re.fullmatch(r"(\d+)-(\d+)", text)
-    numbers = (
-        list(range(int(span[1]), int(span[2]) + 1)) if span else [int(one) for one in text.split("+") if one.isdigit()]
-    )
-    if not numbers or max(numbers) >= depth or (not span and len(numbers) != len(text.split("+"))):
-        raise UsageError(f"--set memory.blocks={text}: must be auto, FIRST-LAST or A+B with numbers below {depth}")
-    return sorted(set(numbers))
+    span = re.fullmatch(r"(\d+)-(\d+)(%?)", "70-80%" if text == "auto" else text)
+    numbers: list[int] = []
+    if span and span[3]:
+        low, high = (math.ceil(int(one) * depth / 100) for one in span.group(1, 2))
+        if int(span[1]) < int(span[2]) <= 100:  # at least one, where the model has few
+            low = min(low, depth - 1)
+            numbers = list(range(low, max(high, low + 1)))
+    elif span:
+        numbers = list(range(int(span[1]), int(span[2]) + 1))
+    elif all(one.isdigit() for one in text.split("+")):
+        numbers = sorted(set(map(int, text.split("+"))))
+    if not numbers or max(numbers) >= depth:
+        raise UsageError(
+            f"--set memory.blocks={text}: must be auto, FROM-TO%, FIRST-LAST or A+B with numbers below {depth}"
+        )
+    return numbers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from byheart.decode import READ_TOKENS, batches
 from byheart.losses import drift, token_loss
 from byheart.methods.memory.adapter import Place, attached
 from byheart.padding import right_padded
-from byheart.storage import replacing
+from byheart.storage import check_room, replacing
 
 # Hidden states on disk hold these bits, whatever torch calls them.
 _BITS = {2: np.int16, 4: np.int32, 8: np.int64}
@@ -37,38 +37,54 @@ class States:
     """Hidden states of rows at the input of one block, in one file on disk; read through the page cache."""
 
     def __init__(self, path: Path, rows: Sequence[Row], width: int, dtype: torch.dtype) -> None:
-        self._ends = list(accumulate(len(row.ids) for row in rows))
+        places = _places(rows)
+        self._places = [places[row.ids] for row in rows]
         self._dtype = dtype
-        self._data = np.memmap(path, _BITS[dtype.itemsize], "r", shape=(self._ends[-1], width))
+        self._data = np.memmap(path, _BITS[dtype.itemsize], "r", shape=(_tokens(places), width))
 
     def padded(self, numbers: Sequence[int]) -> Tensor:
         """The states of some rows (rows, longest, d_model), zeros behind them."""
-        some = [
-            torch.from_numpy(self._data[self._ends[n - 1] if n else 0 : self._ends[n]].copy()).view(self._dtype)
-            for n in numbers
-        ]
+        some = [torch.from_numpy(self._data[self._places[n]].copy()).view(self._dtype) for n in numbers]
         return nn.utils.rnn.pad_sequence(some, batch_first=True)
 
 
 def keep_states(base: Base, rows: Sequence[Row], block: int, path: Path) -> States:
     """The states of ``rows`` at the input of block ``block``: computed once, then kept in ``path``.
 
-    A kill leaves nothing half made: the file gets its name when it is whole.
+    Rows of the same tokens are kept once. A kill leaves nothing half made: the file gets its name when it is whole.
+
+    Raises:
+        DataError: where they would fill the disk.
     """
     width, dtype = base.parts.d_model, base.dtype
     if not path.exists():
-        ends = [0, *accumulate(len(row.ids) for row in rows)]
+        places = _places(rows)
+        check_room(
+            path.parent, _tokens(places) * width * dtype.itemsize, "memory: hidden states", "fewer memory.packings"
+        )
         limit = for_device(READ_TOKENS, base.device)
         with replacing(path) as unfinished, fast_attention(base.model), torch.no_grad():
-            data = np.memmap(unfinished, _BITS[dtype.itemsize], "w+", shape=(ends[-1], width))
-            for batch in batches([len(row.ids) for row in rows], lambda count, longest: count * longest <= limit):
-                tokens = right_padded([rows[n].ids for n in batch], base.device)
+            data = np.memmap(unfinished, _BITS[dtype.itemsize], "w+", shape=(_tokens(places), width))
+            texts = list(places)
+            for batch in batches(list(map(len, texts)), lambda count, longest: count * longest <= limit):
+                tokens = right_padded([texts[n] for n in batch], base.device)
                 hidden = Stretch(base, *tokens, block, block).hidden.cpu()
                 for n, one in zip(batch, hidden, strict=True):
-                    kept = one[: len(rows[n].ids)].contiguous().view(getattr(torch, f"int{8 * dtype.itemsize}"))
-                    data[ends[n] : ends[n + 1]] = kept.numpy()
+                    kept = one[: len(texts[n])].contiguous().view(getattr(torch, f"int{8 * dtype.itemsize}"))
+                    data[places[texts[n]]] = kept.numpy()
             data.flush()
     return States(path, rows, width, dtype)
+
+
+def _places(rows: Sequence[Row]) -> dict[tuple[int, ...], slice]:
+    """Where in the file each text's states stand, one behind the other."""
+    texts = list(dict.fromkeys(row.ids for row in rows))
+    ends = [0, *accumulate(map(len, texts))]
+    return {text: slice(*span) for text, span in zip(texts, pairwise(ends), strict=True)}
+
+
+def _tokens(places: dict[tuple[int, ...], slice]) -> int:
+    return sum(map(len, places))
 
 
 class Upper:

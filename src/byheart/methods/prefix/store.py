@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,14 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from byheart.errors import DataError
 from byheart.kv import KV
-from byheart.storage import fingerprint, replacing
+from byheart.storage import check_room, fingerprint, replacing
 
 Precision = Literal["model", "int8"]
-# Left free on a disk, whatever is asked for.
-_RESERVE = 1 << 30
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -78,13 +73,7 @@ class Store:
         Raises:
             DataError: where they would fill the disk.
         """
-        place = next(one for one in (self.folder, *self.folder.parents) if one.exists())
-        free = shutil.disk_usage(place).free - _RESERVE
-        if needed > free:
-            raise DataError(
-                f"prefix.store=disk: needs {needed / _GIB:.1f} GiB under {self.folder}, where "
-                f"{max(free, 0) / _GIB:.1f} GiB may be filled; use prefix.precision=int8 or prefix.store=none"
-            )
+        check_room(self.folder, needed, "prefix.store=disk", "prefix.precision=int8 or prefix.store=none")
 
 
 def _packed(name: str, tensor: Tensor, along: int, precision: Precision) -> dict[str, Tensor]:
