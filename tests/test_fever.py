@@ -70,7 +70,21 @@ def hub(folder):
     return folder
 
 
-@pytest.mark.parametrize("write", [by_page, official, hub])
+def parquet(folder):
+    """The Hub's copy as it is converted there: a folder a split."""
+    datasets = pytest.importorskip("datasets")
+    plain = hub(folder / "as lines")
+    for name, to in (("train", "v1.0/train"), ("wiki_pages", "wiki_pages/wikipedia_pages")):
+        rows = [json.loads(line) for line in (plain / f"{name}.jsonl").read_text().splitlines()]
+        (folder / to).mkdir(parents=True)
+        datasets.Dataset.from_list(rows).to_parquet(folder / to / "0000.parquet")
+    (folder / "v1.0" / "unlabelled_test").mkdir()
+    unasked = [{"id": 999, "label": "", "claim": "Nobody knows.", "evidence_wiki_url": "", "evidence_sentence_id": -1}]
+    datasets.Dataset.from_list(unasked).to_parquet(folder / "v1.0" / "unlabelled_test" / "0000.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("write", [by_page, official, hub, parquet])
 def test_every_copy_gives_the_same_pages_and_claims(write, tmp_path):
     fever = load_fever(write(tmp_path), top=5)
     assert [page.id for page in fever.pages] == ["Quay", "Cove_-LRB-bay-RRB-"]

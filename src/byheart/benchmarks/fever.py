@@ -111,17 +111,20 @@ def load_fever(data: Path, *, top: int = 99, how: How = "claim", seed: int = 0, 
 # -- reading -------------------------------------------------------------------------------------------------
 
 
+def _files(data: Path) -> dict[Path, str]:
+    """The folder's files, and those that the Hub keeps in folders of its own, by the names that say what they hold."""
+    found = {path for path in data.iterdir() if path.suffix in (".jsonl", ".gz", ".parquet")}
+    found |= set(data.rglob("*.parquet"))
+    return {path: str(path.relative_to(data)) for path in sorted(found) if path.is_file()}
+
+
 def _claims(data: Path, counts: Counter[str]) -> Iterator[Claim]:
-    files = [
-        path
-        for path in sorted(data.iterdir())
-        if path.suffix in (".jsonl", ".gz", ".parquet") and not any(w in path.name for w in ("page", "passage", "test"))
-    ]
+    files = {p: name for p, name in _files(data).items() if not any(w in name for w in ("page", "passage", "test"))}
     if not files:
         raise DataError(f"--data {data}: holds no files of claims (.jsonl or .parquet)")
-    named = {_part_of(path) for path in files}
-    for path in files:
-        part = _part_of(path) if named >= {"train", "validation"} else None
+    named = set(map(_part_of, files.values()))
+    for path, name in files.items():
+        part = _part_of(name) if named >= {"train", "validation"} else None
         for number, row in _rows(path, ("claim", "label")):
             if row["label"] in ("", None):
                 counts["claims without a label"] += 1  # the Hub's unlabelled splits
@@ -129,10 +132,10 @@ def _claims(data: Path, counts: Counter[str]) -> Iterator[Claim]:
                 yield _claim(path, number, row, part)
 
 
-def _part_of(path: Path) -> Part | None:
-    if "train" in path.name:
+def _part_of(name: str) -> Part | None:
+    if "train" in name:
         return "train"
-    return "validation" if "dev" in path.name or "valid" in path.name else None
+    return "validation" if "dev" in name or "valid" in name else None
 
 
 def _rows(path: Path, needed: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -180,9 +183,8 @@ def _page_of(row: dict[str, Any]) -> str | None:
 
 def _pages(data: Path, wanted: set[str]) -> dict[str, Document]:
     """The wanted pages that have a text; a dump is streamed."""
-    folder = data / "wiki-pages"
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".jsonl", ".parquet"))
-    files += [path for path in sorted(data.iterdir()) if path.is_file() and "pages" in path.name]
+    files = sorted((data / "wiki-pages").rglob("*.jsonl"))
+    files += [path for path, name in _files(data).items() if "pages" in name]
     if not files:
         raise DataError(f"--data {data}: holds no pages (wiki-pages/ or pages.jsonl)")
     found: dict[str, Document] = {}
