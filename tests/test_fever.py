@@ -195,6 +195,10 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
         (variant, n) for variant in (*plan.variants, "context") for n in (0, 2, "mean")
     }
     assert all(0 <= c["metrics"]["accuracy"] <= 1 for c in run["cells"])
+    for cell in run["cells"]:
+        for name in ("macro_f1", "micro_f1_calibrated", "macro_f1_generated"):
+            low, high = cell["intervals"][name]
+            assert low <= cell["metrics"][name] <= high
     assert {"page_token_accuracy"} <= set(next(t for t in run["training"] if t["variant"] == "doc"))
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     asked = len(fever.part("validation"))

@@ -1,3 +1,6 @@
+import math
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +14,7 @@ from byheart.score import (
     contains,
     exact_match,
     f1_by_label,
+    f1_intervals,
     first_hit,
     mcnemar,
     mean_interval,
@@ -67,6 +71,24 @@ def test_label_f1_is_scikit_learns(rows):
     for average in ("micro", "macro"):
         expected = f1_score(truth, given_, labels=labels, average=average, zero_division=0)
         assert found[f"{average}_f1"] == pytest.approx(expected)
+
+
+def test_intervals_of_label_f1_are_those_of_resampled_rows():
+    draw = random.Random(3)
+    truth = [draw.choice("aab") for _ in range(60)]
+    runs = [[one if draw.random() < right else draw.choice("abx") for one in truth] for right in (0.7, 0.3)]
+    found = f1_intervals(truth, runs, resamples=2_000)
+    for name in ("micro_f1", "macro_f1"):
+        means = []
+        for _ in range(2_000):
+            rows = draw.choices(range(60), k=60)
+            each = [f1_by_label([truth[n] for n in rows], [run[n] for n in rows])[name] for run in runs]
+            means.append(sum(each) / 2)
+        assert found[name] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+    assert f1_intervals([*"abc"], [[*"abc"]])["macro_f1"] == (1, 1)
+    # A label that a resample lacks is none of its labels.
+    assert f1_intervals([*"aab"], [[*"aac"]])["macro_f1"][1] == 1
+    assert all(math.isnan(one) for one in f1_intervals([], [[]])["macro_f1"])
 
 
 def test_mean_reciprocal_rank_on_the_textbook_example():

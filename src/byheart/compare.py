@@ -16,7 +16,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from byheart import __version__
@@ -35,6 +34,7 @@ from byheart.score import (
     contains,
     exact_match,
     f1_by_label,
+    f1_intervals,
     first_hit,
     mcnemar,
     mean_interval,
@@ -235,7 +235,8 @@ def summarise(
         # Of several right choices, the one that was chosen.
         truth = [choice if choice in right else right[0] for right, choice in labelled]
         metrics |= f1_by_label(truth, given)
-        intervals |= _label_intervals(truth, given, seed)
+        bounds = f1_intervals(truth, [given], resamples=_LABEL_RESAMPLES, seed=seed)
+        intervals |= {name: list(found) for name, found in bounds.items()}
     kinds = sorted({q.kind for q in questions})
     by_kind = {}
     for kind in kinds:
@@ -290,18 +291,6 @@ def means(rows: Sequence[Metrics], seed: int) -> tuple[Metrics, dict[str, list[f
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _label_intervals(truth: Sequence[str], given: Sequence[str], seed: int) -> dict[str, list[float]]:
-    generator = np.random.default_rng(seed)
-    draws = []
-    for _ in range(_LABEL_RESAMPLES):
-        chosen = generator.integers(0, len(truth), len(truth))
-        draws.append(f1_by_label([truth[n] for n in chosen], [given[n] for n in chosen]))
-    return {
-        name: [float(v) for v in np.quantile([draw[name] for draw in draws], [0.025, 0.975])]
-        for name in ("micro_f1", "macro_f1")
-    }
 
 
 # -- the record ----------------------------------------------------------------------------------------------

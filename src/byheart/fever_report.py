@@ -13,10 +13,12 @@ _METRICS = {
     "accuracy": "accuracy (micro-F1) by likelihood",
     "macro_f1": "macro-F1 by likelihood",
     "accuracy_calibrated": "accuracy by calibrated likelihood",
+    "macro_f1_calibrated": "macro-F1 by calibrated likelihood",
     "accuracy_generated": "accuracy of freely generated answers",
     "micro_f1_generated": "micro-F1 of freely generated answers",
     "macro_f1_generated": "macro-F1 of freely generated answers",
     "supports_refutes": "supports against refutes, by likelihood",
+    "supports_refutes_calibrated": "supports against refutes, by calibrated likelihood",
 }
 _PAIRED = {"accuracy": "accuracy", "accuracy_generated": "generated", "supports_refutes": "supports/refutes"}
 

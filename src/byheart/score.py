@@ -100,6 +100,35 @@ def f1_by_label(truth: Sequence[str], predicted: Sequence[str]) -> dict[str, flo
     return {"micro_f1": micro, "macro_f1": sum(each) / len(each)}
 
 
+def f1_intervals(
+    truth: Sequence[str], runs: Sequence[Sequence[str]], *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """The 95 % bootstrap intervals over rows of what :func:`f1_by_label` gives, as a mean over several runs.
+
+    Args:
+        truth: (rows), the right labels.
+        runs: of each run what it predicted for these rows.
+    """
+    number = {label: n for n, label in enumerate(sorted(set(truth)))}
+    if not number:
+        return dict.fromkeys(("micro_f1", "macro_f1"), (math.nan, math.nan))
+    count = len(number)
+    right = np.array([number[one] for one in truth])
+    given = [np.array([number.get(one, count) for one in run]) for run in runs]  # one more for what is no label
+    generator = np.random.default_rng(seed)
+    found = np.zeros((resamples, 2))
+    for n in range(resamples):
+        weights = np.bincount(generator.integers(0, len(truth), len(truth)), minlength=len(truth))
+        true = np.bincount(right, weights, count)
+        for one in given:
+            hits = np.bincount(right, weights * (one == right), count)
+            both = true + np.bincount(one, weights, count)[:count]  # hits count twice in it
+            each = 2 * hits[true > 0] / both[true > 0]
+            found[n] += 2 * hits.sum() / both.sum(), each.mean()
+    low, high = np.quantile(found / len(given), [0.025, 0.975], axis=0)
+    return {name: (float(low[n]), float(high[n])) for n, name in enumerate(("micro_f1", "macro_f1"))}
+
+
 def first_hit(ranked: Sequence[str], wanted: Sequence[str]) -> int | None:
     """The rank (from 1) of the first of ``ranked`` that is in ``wanted``; None where none is."""
     return next((rank for rank, one in enumerate(ranked, 1) if one in set(wanted)), None)

@@ -23,7 +23,7 @@ from byheart.methods.memory.method import Memory
 from byheart.perplexity import perplexity
 from byheart.progress import Silent
 from byheart.rows import Document
-from byheart.score import f1_by_label, mcnemar, paired_difference
+from byheart.score import f1_by_label, f1_intervals, mcnemar, paired_difference
 from byheart.storage import write_json, write_text
 
 Variant = Literal["none", "doc", "temp", "doctemp", "other"]
@@ -39,6 +39,8 @@ _CONTENT_FREE = "N/A"
 _ANSWER_TOKENS = 8
 # Two memories for "other", each asked about the pages that it did not learn.
 _FOLDS = 2
+# Of F1, which is a mean of nothing, as many as comparisons take.
+_F1_RESAMPLES = 1_000
 # In place of a number of examples: all of them, each run of each as much.
 MEAN = "mean"
 
@@ -322,10 +324,12 @@ def _cells(
         metrics, intervals = means(rows, seed)
         truth = [claim.label for claim in asked]
         for how in ("likelihood", "calibrated", "generated"):
-            each = [f1_by_label(truth, [row[how] for row in one]) for one in runs]
+            given = [[row[how] for row in one] for one in runs]
+            each = [f1_by_label(truth, one) for one in given]
             suffix = "" if how == "likelihood" else f"_{how}"
-            for name in ("micro_f1", "macro_f1"):
+            for name, bounds in f1_intervals(truth, given, resamples=_F1_RESAMPLES, seed=seed).items():
                 metrics[name + suffix] = _share([one[name] for one in each])
+                intervals[name + suffix] = list(bounds)
         cells.append(
             {"variant": variant, "shots": shots, "runs": len(runs), "metrics": metrics, "intervals": intervals}
         )
