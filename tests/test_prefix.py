@@ -309,7 +309,8 @@ def test_an_example_goes_with_its_page_or_question(tiny, small, tmp_path, gone):
 def test_a_full_disk_is_seen_whatever_lies_beside(tiny, small, tmp_path, monkeypatch):
     method = Prefix(tiny("llama"), Settings(options={"prefix.store": "disk"}), tmp_path)
     method.learn(small)
-    _, each = method.whole.size([p for _, p in method._retriever.index.all_passages()], None)
+    _, each, there = method.whole.size([p for _, p in method._retriever.index.all_passages()])
+    assert there == sum(path.stat().st_size for path in method._kept())
     asked = []
     monkeypatch.setattr(Store, "check_room", lambda store, size: asked.append(size))
     (tmp_path / "prefix" / "other.safetensors").write_bytes(b"0" * 10_000_000)
@@ -317,6 +318,9 @@ def test_a_full_disk_is_seen_whatever_lies_beside(tiny, small, tmp_path, monkeyp
     assert abs(asked[0]) < each  # all of it is there
     Prefix(tiny("llama"), Settings(shots=1, options={"prefix.store": "disk"}), tmp_path).estimate(small)
     assert asked[1] > 2 * each  # nothing of it is
+    # Who comes again after a kill needs room for no more than is lacking.
+    Prefix(tiny("llama"), Settings(options={"prefix.store": "disk"}), tmp_path).estimate(small)
+    assert asked[2] == asked[0]
 
 
 def test_blending_and_bad_options(tiny, small, tmp_path, monkeypatch):
@@ -337,6 +341,10 @@ def test_blending_and_bad_options(tiny, small, tmp_path, monkeypatch):
         Prefix(base, Settings(options={"prefix.blend": "0.5"}), tmp_path)
     with pytest.raises(UsageError, match=r"prefix.precision=int8: nothing is on disk"):
         Prefix(base, Settings(options={"prefix.precision": "int8"}), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("byheart.methods.prefix.learnt.BLENDED", 4)
+        with pytest.raises(DataError, match="the second of 4 blocks or more; llama has 3"):
+            Prefix(base, Settings(k=2, options={"prefix.blend": "0.5"}), tmp_path)
     with pytest.raises(DataError, match="sliding windows"):
         blended(tiny("mistral"), None, [], [], 0.5)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
@@ -550,13 +558,11 @@ def test_a_compressed_passage_is_nearer_to_the_whole_one_than_none(tiny, small, 
     assert few.cache.columns(short) == few.cache.encode([short], kept=False)[0].columns < 8
 
 
-def test_attention_that_cannot_be_replaced_compresses_nothing(tiny, small, tmp_path):
+def test_attention_that_cannot_be_replaced_compresses_nothing(tiny, tmp_path):
     base = tiny("gemma2")
     base.model.set_attn_implementation("eager")
-    method = Prefix(base, Settings(shots=0, options={"prefix.encoder": "compressed"}), tmp_path)
-    method.learn(small)
     with pytest.raises(DataError, match="cannot be replaced"):
-        asked_of(method)
+        Prefix(base, Settings(shots=0, options={"prefix.encoder": "compressed"}), tmp_path)
 
 
 def test_heads_begin_at_real_text_and_emit_for_each_passage(tiny, minilm):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from byheart import kv
 from byheart.decode import Job, complete
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.methods import Settings, method_class, parse_methods
 from byheart.methods.prefix import learnt, tuning
+from byheart.methods.prefix.behind import Sample, answer_logits
 from byheart.methods.prefix.cache import Cache
 from byheart.methods.prefix.instances import Instance, Instances, hardness, interpolated, votes
 from byheart.methods.prefix.marginal import learn_turn, marginal_loss
@@ -218,11 +222,31 @@ def test_each_term_lowers_what_it_names(tiny, ledger, tmp_path, monkeypatch, opt
     assert last[0] < last[1]
 
 
+def test_a_gap_needs_questions_of_two_kinds(tiny, ledger, tmp_path):
+    for question in list(ledger.questions(["train"])):
+        ledger.revise(question.model_copy(update={"kind": "direct"}))
+    with pytest.raises(DataError, match='all that there are to learn from are of kind "direct"'):
+        prefix(tiny("llama"), tmp_path, slots=2, fair=1).learn(ledger)
+
+
+def test_a_question_beyond_the_models_positions_is_named_and_padding_stands_nowhere(tiny, ledger, tmp_path):
+    base = tiny("gpt2")
+    past = kv.read(base, [[4, 5, 6]])
+    long, late = Sample((*past,), (5,) * 20, (6, 7), 3), Sample((*past,), (5,) * 3, (6, 7), base.positions - 4)
+    both, _ = answer_logits(base, (), [long, late])  # the padding of the second would stand behind the last position
+    alone, _ = answer_logits(base, (), [late])
+    assert torch.allclose(both[2:], alone, atol=1e-5)
+    with pytest.raises(DataError, match=r"needs 1025 positions, the model has 1024"):
+        answer_logits(base, (), [replace(late, start=base.positions - 3)])
+
+
 def test_terms_that_cannot_be_are_refused(tiny, tmp_path):
     for options, why in (
         ({"vicreg": 1, "slots": 2}, "encoder=text"),
         ({"wrong": 1, "passages": "none", "slots": 2}, "no passages"),
         ({"wrong": 1, "batch": 1, "slots": 2}, "2 or more"),
+        ({"vicreg": 1, "batch": 1, "encoder": "text"}, "2 or more"),
+        ({"store": "disk", "passages": "none", "slots": 2}, "no passages to keep"),
         ({"hard": 1}, r"prefix\.hard=1\.0: nothing is trained"),
         ({"study": 1}, "nothing is trained"),
     ):

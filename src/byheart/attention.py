@@ -70,7 +70,7 @@ def tiled_attention(
 @contextmanager
 def fast_attention(model: Any) -> Iterator[None]:
     """Let a model attend by :func:`tiled_attention` inside the block, where it runs on a CPU and would use sdpa."""
-    if not _plain(model) or model.device.type != "cpu":
+    if not replaceable(model) or model.device.type != "cpu":
         yield
         return
     with _attending(model, _TILED, tiled_attention):
@@ -83,14 +83,15 @@ def replaced_attention(model: Any, attend: Attend) -> Iterator[None]:
 
     A model that attends in a way of its own (capped scores, biases) is left alone: ``attend`` is never called.
     """
-    if not _plain(model):
+    if not replaceable(model):
         yield
         return
     with _attending(model, _REPLACED, attend):
         yield
 
 
-def _plain(model: Any) -> bool:
+def replaceable(model: Any) -> bool:
+    """Whether a model attends in a way that another can stand in for."""
     return model.config._attn_implementation == "sdpa" and not model.config.is_encoder_decoder
 
 

@@ -68,11 +68,15 @@ class _Control:
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Draw the examples; nothing is written into the model."""
-        shots, seed, stand = self.settings.shots, self.settings.seed, ledger.stand
-        chosen = choose_examples(ledger, shots, seed, self.encoder.splitter) if shots else []
-        self.form = PromptFormat(self.base.tokenizer, chosen, chat=self.settings.chat)
-        self.stand = stand
+        stand = ledger.stand
+        self.form, self.stand = self._draw(ledger), stand
         return LearnReport()
+
+    def _draw(self, ledger: Ledger) -> PromptFormat:
+        """The form of prompts, with examples drawn from the ledger."""
+        shots = self.settings.shots
+        chosen = choose_examples(ledger, shots, self.settings.seed, self.encoder.splitter) if shots else []
+        return PromptFormat(self.base.tokenizer, chosen, chat=self.settings.chat)
 
     def revise(self, change: Change) -> LearnReport:
         """Show no example any more that the change took back; the rest of a prompt is looked up when it is asked."""

@@ -108,6 +108,9 @@ def answer_logits(base: Base, first: Columns, samples: Sequence[Sample]) -> tupl
     own, seen = padded_pasts(base, [sample.past for sample in samples])
     before = first[0][0].shape[2] if first else 0
     starts = torch.tensor([sample.start for sample in samples], device=base.device)
+    needed = max(sample.start + len(row) for sample, row in zip(samples, rows, strict=True))
+    base.check_positions(needed, "a question to learn from with what stands before it needs")
+    places = (places + starts[:, None]).clamp(max=needed - 1)  # what pads a short row stands nowhere
     at = [(n, len(s.asked) - 1 + place) for n, s in enumerate(samples) for place in range(len(s.answer))]
     row, column = torch.tensor(at, device=base.device).T
     kept, where = column.unique(return_inverse=True)
@@ -115,7 +118,7 @@ def answer_logits(base: Base, first: Columns, samples: Sequence[Sample]) -> tupl
         logits = base.model(
             input_ids=ids,
             attention_mask=torch.cat([seen.new_ones(len(samples), before), seen, mask], 1),
-            position_ids=places + starts[:, None],
+            position_ids=places,
             **base.behind(cache_of(side_by_side(first, own))),
             logits_to_keep=kept,
         ).logits

@@ -18,6 +18,8 @@ from byheart.surgery import stopped_at
 
 # Where a token's keys and values moved most in the second block, they do above it, too (section 4 there).
 _LOOKS_AT = 1
+# So many blocks a model must have: the one behind is where that reading stops.
+BLENDED = _LOOKS_AT + 2
 
 
 class _Scattered(DynamicLayer):  # type: ignore[misc]

@@ -95,14 +95,11 @@ class Cache:
                 self.files.put(self.path(passage), found)
             progress(len(step))
 
-    def size(self, passages: Iterable[Block], columns: int | None) -> tuple[int, int]:
-        """How many passages, and about how many bytes each.
+    def size(self, passages: Iterable[Block], columns: int | None = None) -> tuple[int, int, int]:
+        """How many passages, about how many bytes each, and how many bytes of them are on disk already.
 
         Args:
             columns: of each, where that is known beforehand.
-
-        Raises:
-            DataError: where they would fill the disk.
         """
         tokens: list[int] = []
         count, there = 0, 0
@@ -113,8 +110,7 @@ class Cache:
             if len(tokens) < _LOOKED_AT:
                 tokens.append(self.columns(passage) if columns is None else columns)
         each = round(sum(tokens) / max(len(tokens), 1) * self.files.column_bytes(kv.read(self.base, [[0]])[0]))
-        self.files.check_room(each * count - there)
-        return count, each
+        return count, each, there
 
 
 class Made(Cache):

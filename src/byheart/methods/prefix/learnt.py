@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from byheart import __version__, kv
+from byheart.attention import replaceable
 from byheart.base import Base, digest_of
 from byheart.decode import token_ids
 from byheart.errors import DataError, UsageError
@@ -23,6 +24,7 @@ from byheart.methods.contract import LearnReport, Progress, Settings, parse_opti
 from byheart.methods.controls import Context
 from byheart.methods.facts import as_measured, to_measure
 from byheart.methods.prefix.behind import Sample, shared, side_by_side
+from byheart.methods.prefix.blend import BLENDED
 from byheart.methods.prefix.cache import Block, Cache
 from byheart.methods.prefix.compress import Compressed
 from byheart.methods.prefix.heads import Emitted, Heads, looked_up
@@ -160,6 +162,15 @@ class Learnt(Context):
             self._rotation = kv.check(base)
         except DataError as error:
             raise DataError(f"{self.name}: {error}") from None
+        if options.encoder == "compressed" and not replaceable(base.model):
+            raise DataError(
+                f"{self.name}: the attention of {base.name} cannot be replaced, so that no passage can be compressed"
+            )
+        if options.blend and len(base.parts.blocks) < BLENDED:
+            raise DataError(
+                f"{self.name}: prefix.blend looks at the second of {BLENDED} blocks or more; {base.name} has "
+                f"{len(base.parts.blocks)}"
+            )
         if (settings.k > 1 or options.demonstrations) and self._rotation is None:
             raise DataError(
                 f"{self.name}: {base.name} cannot have keys moved to another position, so that several passages cannot "
@@ -197,8 +208,12 @@ class Learnt(Context):
                         f"--set prefix.{name}={getattr(options, name)}: nothing is trained; learn prefix.slots, or a "
                         "prefix.encoder"
                     )
-        for name in ("fair", "wrong"):
-            if getattr(options, name) and options.batch == 1:
+        if self._keeps and options.passages == "none":
+            raise UsageError("--set prefix.store=disk: with prefix.passages=none there are no passages to keep")
+        for name in ("fair", "wrong", "vicreg"):
+            # What is said of passages is held apart over all of a step's, and a question can have several.
+            several = options.batch * (settings.k if name == "vicreg" else 1)
+            if getattr(options, name) and several == 1:
                 raise UsageError(
                     f"--set prefix.{name}={getattr(options, name)}: holds questions of a batch against "
                     "each other; use a prefix.batch of 2 or more"
@@ -276,6 +291,16 @@ class Learnt(Context):
         }  # fmt: skip
         return nn.ModuleDict({name: one for name, one in there.items() if one is not None})
 
+    def _check_room(self, cache: Cache, passages: Iterable[Block], columns: int | None = None) -> tuple[int, int]:
+        """How many passages a cache is to keep, and about how many bytes each.
+
+        Raises:
+            DataError: where they would fill the disk.
+        """
+        count, each, there = cache.size(passages, columns)
+        self._files.check_room(each * count - there)
+        return count, each
+
     def _learnt_bytes(self) -> int:
         return sum(one.numel() * one.element_size() for one in self._learnt.parameters())
 
@@ -324,6 +349,11 @@ class Learnt(Context):
             raise DataError(f"prefix: there is something to learn, and the ledger has no training question {why}")
         if not needed:
             found = [replace(one, passages=()) for one in found]
+        if options.fair and len({one.group for one in found}) == 1:
+            raise DataError(
+                f"prefix: prefix.fair={options.fair} holds kinds of questions against each other, and all that there "
+                f'are to learn from are of kind "{found[0].group}"'
+            )
         blocks = list(dict.fromkeys(block for lesson in found for block in lesson.blocks))
         orders = Orders([len(found)], options.batch, options.epochs, seed)
         if options.slots:
@@ -341,7 +371,7 @@ class Learnt(Context):
         read = self._read(blocks, distilled=options.distil > 0)
         if steps_done(store) < orders.steps:
             for cache, some in read:
-                cache.size(some, None)
+                self._check_room(cache, some)
                 cache.keep(some)
         ready = time.perf_counter() - began
 

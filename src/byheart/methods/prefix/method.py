@@ -59,9 +59,13 @@ class Prefix(Learnt):
         """
         if not self._keeps:
             return None
+        self.form = self._draw(ledger)  # what passages are kept behind, and so what there is of them
         columns = None if self.options.encoder in ("cache", "tokens") else self.options.columns
         passages = segment(ledger.documents(), self.encoder.splitter, self.settings.segment)
-        count, each = self.cache.size(passages, columns)
+        if self._learns:  # what is there of them will be seen once that is done
+            count, each, _ = self.cache.size(passages, columns)
+        else:
+            count, each = self._check_room(self.cache, passages, columns)
         return f"prefix: {count:,} passages of about {each / 1e6:.2f} MB, {each * count / 1e9:.2f} GB on disk"
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
@@ -102,7 +106,7 @@ class Prefix(Learnt):
         if self._keeps:
             began = time.perf_counter()
             index = self._retriever.index
-            self.cache.size((passage for _, passage in index.all_passages()), None)
+            self._check_room(self.cache, (passage for _, passage in index.all_passages()))
             tick = silent if self._trains or long else scaled(progress, max(len(index), 1), report.documents)
             self.cache.keep((passage for _, passage in index.all_passages()), tick)
             kept = sum(path.stat().st_size for path in self._kept())

@@ -15,6 +15,8 @@ from byheart.kv import KV
 from byheart.storage import check_room, fingerprint, replacing
 
 Precision = Literal["model", "int8"]
+# Whether they are kept for good, or while something is trained.
+_INSTEAD = "prefix.precision=int8, prefix.store=none, a smaller --k or fewer training questions"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Store:
         Raises:
             DataError: where they would fill the disk.
         """
-        check_room(self.folder, needed, "prefix.store=disk", "prefix.precision=int8 or prefix.store=none")
+        check_room(self.folder, needed, "prefix: keys and values of passages", _INSTEAD)
 
 
 def _packed(name: str, tensor: Tensor, along: int, precision: Precision) -> dict[str, Tensor]:
