@@ -46,6 +46,8 @@ RETRIEVAL = (
     ("recall@10", "recall@10", "share of right documents behind the first ten passages"),
     ("mrr", "MRR", "mean of one over the rank of the first passage of a right document"),
 )
+# What needs a model of its own, and how it is asked for.
+_ON_WISH = (("bertscore", "BERTScore", "--bertscore"), ("bleurt", "BLEURT", "--bleurt CHECKPOINT"))
 
 
 def summary_table(run: dict[str, Any]) -> Table:
@@ -78,6 +80,7 @@ def remarks(run: dict[str, Any]) -> list[str]:
             f"{name}: {count} of the ledger's rows left out: {why}" for why, count in method.get("left_out", {}).items()
         ]
         found += [f"{name}: {note}" for note in method.get("notes", [])]
+    found += [f"{label}: not measured ({how})" for key, label, how in _ON_WISH if not _present(run, key)]
     return found
 
 
