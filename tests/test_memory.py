@@ -441,6 +441,19 @@ def probabilities(note):
     return [float(word) for word in note.split() if word.startswith("0.")]
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The rows that were drawn towards the base, as often as they were."""
+    seen, plain = [], Upper.drift
+
+    def drift(upper, rows, hidden):
+        seen.extend(rows)
+        return plain(upper, rows, hidden)
+
+    monkeypatch.setattr(Upper, "drift", drift)
+    return seen
+
+
 def last_change(ledger, id):
     return list(ledger.history(id))[-1]
 
@@ -466,44 +479,31 @@ def test_a_revised_fact_is_replaced_and_a_retracted_one_trained_away(base, tmp_p
     assert abs(now - plain) < 0.5 * abs(before - plain)
 
 
-def test_only_words_that_nothing_answers_any_more_are_drawn_to_the_base(base, tmp_path, monkeypatch):
+def test_only_words_that_nothing_answers_any_more_are_drawn_to_the_base(base, tmp_path, drawn):
     ledger = ledger_of(tmp_path)
     method = memory(base, tmp_path, revise_epochs=8)
     method.learn(ledger)
-    seen, plain = set(), Upper.drift
-
-    def drift(upper, rows, hidden):
-        seen.update(base.tokenizer.decode(row.ids) for row in rows)
-        return plain(upper, rows, hidden)
-
-    monkeypatch.setattr(Upper, "drift", drift)
     ledger.revise(FACTS[0].model_copy(update={"object": "the Korrin"}))
     method.revise(last_change(ledger, "river"))
-    assert not seen  # the new object answers the very same words
+    assert not drawn  # the new object answers the very same words
     ledger.retract("fact", "river")
     method.revise(last_change(ledger, "river"))
-    assert seen and all("Korrin" in text for text in seen)
+    assert drawn and all("Korrin" in base.tokenizer.decode(row.ids) for row in drawn)
 
 
-def test_every_wording_of_what_goes_is_seen_in_every_epoch(base, tmp_path, monkeypatch):
+def test_every_wording_of_what_goes_is_seen_in_every_epoch(base, tmp_path, drawn):
     fact = FACTS[0].model_copy(update={"paraphrases": [f"{{}} number {n} stands on" for n in range(7)]})
     ledger = ledger_of(tmp_path, (*PAGES, fact))
     method = memory(base, tmp_path, revise_epochs=3, batch=2)
     method.learn(ledger)
-    seen, plain = Counter(), Upper.drift
-
-    def drift(upper, rows, hidden):
-        seen.update(base.tokenizer.decode(row.ids) for row in rows)
-        return plain(upper, rows, hidden)
-
-    monkeypatch.setattr(Upper, "drift", drift)
     gone = [piece for piece in method.pieces if piece.owner == "fact/river"]
     ledger.retract("fact", "river")
     method.revise(last_change(ledger, "river"))
+    seen = Counter(row.ids for row in drawn)
     assert len(seen) == len(gone) > 16 and min(seen.values()) >= 3
 
 
-def test_what_still_stands_in_the_words_of_what_goes_is_kept(base, tmp_path, monkeypatch):
+def test_what_still_stands_in_the_words_of_what_goes_is_kept(base, tmp_path, drawn, monkeypatch):
     question = Question(
         id="same", question="What is the river of Ostrand Quay?", answers=["the Selwater"], split="train"
     )
@@ -512,17 +512,12 @@ def test_what_still_stands_in_the_words_of_what_goes_is_kept(base, tmp_path, mon
     method = memory(base, tmp_path, epochs=1, revise_epochs=1)
     method.learn(ledger)
     words = ask(base).prompt(question.question)
-    drawn, learnt, plain, mean = set(), set(), Upper.drift, Upper.mean_loss
-
-    def drift(upper, rows, hidden):
-        drawn.update(base.tokenizer.decode(row.ids) for row in rows)
-        return plain(upper, rows, hidden)
+    learnt, mean = set(), Upper.mean_loss
 
     def mean_loss(upper, rows, hidden):
         learnt.update(base.tokenizer.decode(row.ids) for row in rows)
         return mean(upper, rows, hidden)
 
-    monkeypatch.setattr(Upper, "drift", drift)
     monkeypatch.setattr(Upper, "mean_loss", mean_loss)
     ledger.retract("question", "same")
     method.revise(last_change(ledger, "same"))
@@ -568,33 +563,26 @@ def test_a_question_without_an_answer_is_counted(base, tmp_path):
     assert report.skipped == {"has no answer": 1}
 
 
-def test_what_a_revised_page_no_longer_says_is_trained_away_and_nothing_else_of_it(base, tmp_path, monkeypatch):
+def test_what_a_revised_page_no_longer_says_is_trained_away_and_nothing_else_of_it(base, tmp_path, drawn):
     text = "The light is squat. The keeper is Anna Kestle of the hill. The bay is a horseshoe."
     page = Document(id="bay", title="Bay", text=text)
     ledger = ledger_of(tmp_path, (page, *ASKED))
     method = memory(base, tmp_path, revise_epochs=4)
     method.learn(ledger)
-    seen, plain = [], Upper.drift
-
-    def drift(upper, rows, hidden):
-        seen.extend(rows)
-        return plain(upper, rows, hidden)
-
-    monkeypatch.setattr(Upper, "drift", drift)
     ledger.revise(page.model_copy(update={"text": "The light is squat. The bay is a horseshoe. It is cold."}))
     report = method.revise(last_change(ledger, "bay"))
-    (said,) = {base.tokenizer.decode([id for id, on in zip(row.ids, row.labels, strict=True) if on]) for row in seen}
+    (said,) = {base.tokenizer.decode([id for id, on in zip(row.ids, row.labels, strict=True) if on]) for row in drawn}
     assert "Anna Kestle" in said
     assert "squat" not in said
     assert "horseshoe" not in said
     assert report.notes[0].startswith("what was taken back (1 texts)")
     # A page that says what it said loses nothing.
-    seen.clear()
+    drawn.clear()
     studied = Piece(owner="document/bay", kind="study", lead="Question: who?\nAnswer:", answer=" Kestle")
     method.pieces.append(studied)
     ledger.revise(ledger.get("document", "bay").model_copy(update={"metadata": {"seen": "twice"}}))
     assert method.revise(last_change(ledger, "bay")).notes == ()
-    assert not seen and studied in method.pieces
+    assert not drawn and studied in method.pieces
 
 
 def test_a_fact_that_comes_or_goes_touches_those_that_it_stands_against(base, tmp_path):
