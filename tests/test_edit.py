@@ -374,7 +374,7 @@ def test_facts_are_written_beside_others(base, tmp_path, monkeypatch):
     nobody, *given[:] = given.pop()
     assert nobody == []
     for fact, others in zip(FACTS[1:], given, strict=True):
-        assert len(others) == 2 and {one.prompt for one in others} == {fact.prompt}
+        assert len(others) == 8 and {one.prompt for one in others} == {fact.prompt}
         assert not subjects & {one.subject for one in others}
     before = weights_with(method)
     # A folder from before knows nothing of it.

@@ -526,7 +526,7 @@ def test_what_still_stands_in_the_words_of_what_goes_is_kept(base, tmp_path, dra
     assert any(said in text for text in learnt)
 
 
-def test_a_question_that_was_learnt_before_it_is_measured_is_told(base, tmp_path):
+def test_a_question_that_was_learnt_before_it_is_measured_is_told_and_not_seen_again(base, tmp_path, monkeypatch):
     ledger = ledger_of(tmp_path)
     method = memory(base, tmp_path, epochs=1)
     method.learn(ledger)
@@ -535,6 +535,18 @@ def test_a_question_that_was_learnt_before_it_is_measured_is_told(base, tmp_path
         notes = method.revise(last_change(ledger, words)).notes
         why = f'1 texts in the words of question "{words}" were learnt before it came: learn anew to measure'
         assert notes == ((why,) if told else ())
+    learnt, mean = [], Upper.mean_loss
+
+    def mean_loss(upper, rows, hidden):
+        learnt.extend(base.tokenizer.decode(row.ids) for row in rows)
+        return mean(upper, rows, hidden)
+
+    monkeypatch.setattr(Upper, "mean_loss", mean_loss)
+    ledger.revise(PAGES[0].model_copy(update={"text": "Ostrand Quay is closed."}))
+    method.revise(last_change(ledger, "quay"))
+    said = [base.tokenizer.decode(base.tokenizer(f"Question: {form}?")["input_ids"]) for form in
+            ("Who or what is the river of Ostrand Quay", "What is the river of Ostrand Quay")]  # fmt: skip
+    assert [any(one in text for text in learnt) for one in said] == [False, True]
 
 
 def test_a_row_that_comes_twice_is_kept_once_and_a_full_disk_is_told_before(base, tmp_path, monkeypatch):

@@ -123,8 +123,8 @@ def f1_intervals(
         for one in given:
             hits = np.bincount(right, weights * (one == right), count)
             both = true + np.bincount(one, weights, count)[:count]  # hits count twice in it
-            each = 2 * hits[true > 0] / both[true > 0]
-            found[n] += 2 * hits.sum() / both.sum(), each.mean()
+            there = true > 0  # a label that these rows lack is none
+            found[n] += 2 * hits.sum() / both[there].sum(), (2 * hits[there] / both[there]).mean()
     low, high = np.quantile(found / len(given), [0.025, 0.975], axis=0)
     return {name: (float(low[n]), float(high[n])) for n, name in enumerate(("micro_f1", "macro_f1"))}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,9 @@ LABELS = ("supports", "refutes", "not enough info")
 Part = Literal["train", "validation"]
 How = Literal["claim", "page"]
 _THIRD = LABELS[2]
+# Words in the names of files that hold no claims that could be used.
+_WORD = re.compile("[a-z]+")
+_OTHER = {"page", "pages", "passage", "passages", "test"}
 # Of a page's claims, or of the pages, the share that is learnt from.
 _TRAIN_SHARE = 0.7
 
@@ -119,7 +123,7 @@ def _files(data: Path) -> dict[Path, str]:
 
 
 def _claims(data: Path, counts: Counter[str]) -> Iterator[Claim]:
-    files = {p: name for p, name in _files(data).items() if not any(w in name for w in ("page", "passage", "test"))}
+    files = {path: name for path, name in _files(data).items() if not _OTHER & set(_WORD.findall(name))}
     if not files:
         raise DataError(f"--data {data}: holds no files of claims (.jsonl or .parquet)")
     named = set(map(_part_of, files.values()))
@@ -184,7 +188,7 @@ def _page_of(row: dict[str, Any]) -> str | None:
 def _pages(data: Path, wanted: set[str]) -> dict[str, Document]:
     """The wanted pages that have a text; a dump is streamed."""
     files = sorted((data / "wiki-pages").rglob("*.jsonl"))
-    files += [path for path, name in _files(data).items() if "pages" in name]
+    files += [path for path, name in _files(data).items() if "pages" in _WORD.findall(name)]
     if not files:
         raise DataError(f"--data {data}: holds no pages (wiki-pages/ or pages.jsonl)")
     found: dict[str, Document] = {}

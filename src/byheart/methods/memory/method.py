@@ -44,7 +44,7 @@ from byheart.methods.memory.examples import (
     taken_out,
     to_learn,
 )
-from byheart.methods.memory.states import Row, States, Upper, keep_states
+from byheart.methods.memory.states import Row, States, Upper, keep_states, states_bytes
 from byheart.methods.memory.study import study
 from byheart.ordinary import ordinary_text, text_rows
 from byheart.peft_layout import CONFIG, PREFIX, TENSORS, lora_config, path_of
@@ -52,9 +52,8 @@ from byheart.progress import scaled
 from byheart.prompt import PromptFormat
 from byheart.rows import Document, Fact, Kind, Question
 from byheart.rows import Row as LedgerRow
-from byheart.score import normalize
 from byheart.segment import Passage, segment
-from byheart.storage import fingerprint, read_json, resumed, write_json, write_text
+from byheart.storage import check_room, fingerprint, read_json, resumed, write_json, write_text
 from byheart.training import Orders, Recipe, Trained, train
 
 _PIECES = "pieces.jsonl"
@@ -184,9 +183,11 @@ class Memory(Closed):
         away, told = self._away(gone, now, kept)
         before = self._likelihoods([*away, *told])
         trained = deepcopy(self.adapters) if self.pieces else self._fresh()
-        # What is said elsewhere in the words of what went is made sure of.
+        # What is said elsewhere in the words of what went is made sure of; what is measured by now is not seen again.
         words = {piece.lead for piece in gone if piece.kind != "page"}
-        self._follow(trained, change, [*new, *(piece for piece in kept if piece.lead in words)], away, kept)
+        again = [one for one, said in zip(kept, self._words(kept), strict=True) if said not in measured]
+        same = [piece for piece in again if piece.lead in words]
+        self._follow(trained, change, [*new, *same], away, [piece for piece in again if piece.lead not in words])
         self.adapters, self.pieces, self.facts, self.measured = trained, [*kept, *new], facts, measured
         notes = (*self._what_is_left(len(gone), [*away, *told], before), *known)
         return self._report(time.perf_counter() - began, int(change.kind == "document"), notes)
@@ -220,7 +221,8 @@ class Memory(Closed):
         self.ordinary = self._ordinary_rows()
         # Text takes more turns to learn than answers do.
         seen = [*pieces, *[piece for piece in pieces if piece.kind == "page"] * (options.pages - 1)]
-        several = [packed(self.base.tokenizer, seen, n, frame, self._pack) for n in range(options.packings)]
+        packings = min(options.packings, options.epochs)  # they take turns, an epoch each
+        several = [packed(self.base.tokenizer, seen, n, frame, self._pack) for n in range(packings)]
         if not several[0]:
             return Trained(), (f"nothing to learn with memory.learn={options.learn}: the base model as it is",)
         upper = Upper(self.base, self.adapters, options.place)
@@ -235,6 +237,9 @@ class Memory(Closed):
             nonlocal states, ready
             if states is None:
                 began = time.perf_counter()
+                if not any(self._folder.glob("*.states")):  # one who goes on has them
+                    size = states_bytes(self.base, every)
+                    check_room(self._folder, size, "memory: hidden states", "fewer memory.packings")
                 states = self._states(self._folder, every, upper.start)
                 ready = time.perf_counter() - began
             packing, numbers = orders.batch(step)
@@ -394,13 +399,18 @@ class Memory(Closed):
             measured = measured | {as_measured(change.after.question)}
         return facts, measured
 
+    def _words(self, pieces: Sequence[Piece]) -> list[str]:
+        """The words of what is learnt, as :func:`as_measured` gives those of questions."""
+        before, after = self._asking().prompt("?").split("?", 1)
+        asked = (piece.lead.removeprefix(before).removesuffix(after) for piece in pieces)
+        return [as_measured(one) for one in asked]
+
     def _known_words(self, change: Change) -> tuple[str, ...]:
         """A sentence where a question that is measured from now on was learnt in its very words before."""
         if not isinstance(change.after, Question):
             return ()
-        asking, words = self._asking(), as_measured(change.after.question)
-        leads = {normalize(asking.prompt(change.after.question, None, some)) for some in (None, change.after.choices)}
-        count = sum(as_measured(one.lead) == words or normalize(one.lead) in leads for one in self.pieces)
+        words = as_measured(change.after.question)
+        count = sum(one == words for one in self._words(self.pieces))
         if not count:
             return ()
         return (

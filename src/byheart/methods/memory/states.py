@@ -19,7 +19,7 @@ from byheart.decode import READ_TOKENS, batches
 from byheart.losses import drift, token_loss
 from byheart.methods.memory.adapter import Place, attached
 from byheart.padding import right_padded
-from byheart.storage import check_room, replacing
+from byheart.storage import replacing
 
 # Hidden states on disk hold these bits, whatever torch calls them.
 _BITS = {2: np.int16, 4: np.int32, 8: np.int64}
@@ -52,16 +52,10 @@ def keep_states(base: Base, rows: Sequence[Row], block: int, path: Path) -> Stat
     """The states of ``rows`` at the input of block ``block``: computed once, then kept in ``path``.
 
     Rows of the same tokens are kept once. A kill leaves nothing half made: the file gets its name when it is whole.
-
-    Raises:
-        DataError: where they would fill the disk.
     """
     width, dtype = base.parts.d_model, base.dtype
     if not path.exists():
         places = _places(rows)
-        check_room(
-            path.parent, _tokens(places) * width * dtype.itemsize, "memory: hidden states", "fewer memory.packings"
-        )
         limit = for_device(READ_TOKENS, base.device)
         with replacing(path) as unfinished, fast_attention(base.model), torch.no_grad():
             data = np.memmap(unfinished, _BITS[dtype.itemsize], "w+", shape=(_tokens(places), width))
@@ -74,6 +68,11 @@ def keep_states(base: Base, rows: Sequence[Row], block: int, path: Path) -> Stat
                     data[places[texts[n]]] = kept.numpy()
             data.flush()
     return States(path, rows, width, dtype)
+
+
+def states_bytes(base: Base, rows: Sequence[Row]) -> int:
+    """What the states of ``rows`` take on disk."""
+    return _tokens(_places(rows)) * base.parts.d_model * base.dtype.itemsize
 
 
 def _places(rows: Sequence[Row]) -> dict[tuple[int, ...], slice]:

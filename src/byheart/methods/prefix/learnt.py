@@ -211,9 +211,7 @@ class Learnt(Context):
         if self._keeps and options.passages == "none":
             raise UsageError("--set prefix.store=disk: with prefix.passages=none there are no passages to keep")
         for name in ("fair", "wrong", "vicreg"):
-            # What is said of passages is held apart over all of a step's, and a question can have several.
-            several = options.batch * (settings.k if name == "vicreg" else 1)
-            if getattr(options, name) and several == 1:
+            if getattr(options, name) and options.batch == 1:
                 raise UsageError(
                     f"--set prefix.{name}={getattr(options, name)}: holds questions of a batch against "
                     "each other; use a prefix.batch of 2 or more"

@@ -62,10 +62,12 @@ class Prefix(Learnt):
         self.form = self._draw(ledger)  # what passages are kept behind, and so what there is of them
         columns = None if self.options.encoder in ("cache", "tokens") else self.options.columns
         passages = segment(ledger.documents(), self.encoder.splitter, self.settings.segment)
-        if self._learns:  # what is there of them will be seen once that is done
-            count, each, _ = self.cache.size(passages, columns)
-        else:
+        if self.options.encoder in ("cache", "compressed"):
             count, each = self._check_room(self.cache, passages, columns)
+        else:  # others are known by what is yet to be learnt: what is there of them will be seen then
+            count, each, _ = self.cache.size(passages, columns)
+            if not self._files.holds():
+                self._files.check_room(each * count)
         return f"prefix: {count:,} passages of about {each / 1e6:.2f} MB, {each * count / 1e9:.2f} GB on disk"
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:

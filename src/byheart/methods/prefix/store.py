@@ -69,6 +69,10 @@ class Store:
         heads = sum(value.shape[0] for value in one.values)
         return numbers / one.columns + 4 * heads  # a scale for each column of values; those of keys are few
 
+    def holds(self) -> bool:
+        """Whether there is anything."""
+        return any(self.folder.rglob("*.safetensors"))
+
     def check_room(self, needed: int) -> None:
         """See that so many bytes find room.
 
