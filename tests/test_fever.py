@@ -11,10 +11,12 @@ from byheart.base import make_base
 from byheart.benchmarks.fever import LABELS, load_fever
 from byheart.benchmarks.fever_run import FRAME, Plan, claim_pieces, read_label, run_fever
 from byheart.benchmarks.kept import Kept
+from byheart.cli import main
 from byheart.errors import DataError
-from byheart.fever_report import write_fever_report
+from byheart.fever_report import grids, write_fever_report
 from byheart.methods import Settings
 from byheart.methods.memory.examples import packed
+from byheart.storage import read_json
 from conftest import tiny_model
 
 SHARED = Path(os.environ.get("BYHEART_DATA", Path(__file__).parents[2] / "shared" / "data")) / "fever"
@@ -239,6 +241,39 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared FEVER rows (BYHEART_DATA)")
+def test_several_models_stand_in_the_same_tables(tokenizer, tmp_path, monkeypatch, capsys):
+    for family in ("llama", "gpt2"):
+        tiny_model(family, len(tokenizer)).save_pretrained(tmp_path / family)
+        tokenizer.save_pretrained(tmp_path / family)
+    by_page(tmp_path / "data")
+    (tmp_path / "text.txt").write_text("The ferry crosses twice a day. " * 40)
+    monkeypatch.chdir(tmp_path)
+    call = ["bench", "fever", "--data", "data", "--text", "text.txt", "--out", "out", "--shots", "0", "--seeds", "1"]
+    call += ["--memory", "none", "--no-context"]
+
+    def ran(*arguments):
+        monkeypatch.setattr("sys.argv", ["byheart", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr()
+
+    code, said = ran(*call, "--base", "llama,gpt2")
+    assert code == 0, said.err
+    alone = {}
+    for family in ("llama", "gpt2"):
+        (cell,) = read_json(tmp_path / "out" / family / "run.json")["cells"]
+        alone[family] = f"{cell['metrics']['accuracy']:.3f}"
+    page = (tmp_path / "out" / "report.html").read_text()
+    first = next(grids(*(read_json(tmp_path / "out" / one / "run.json") for one in alone)))
+    assert [[*row[:2], row[2][:5]] for row in first[2]] == [[one, "none", alone[one]] for one in alone]
+    assert all(one in page and one in said.out for one in alone) and "llama, gpt2, 2 pages" in page
+    code, said = ran("report", "out")
+    assert code == 0 and (tmp_path / "out" / "report.html").read_text() == page
+    for wrong, why in (("llama,x/llama", "two models of one name"), (" , ", "names no language model")):
+        code, said = ran(*call, "--base", wrong)
+        assert code == 2 and why in said.err and len(said.err.splitlines()) == 1
+
+
 def test_the_shared_rows():
     fever = load_fever(SHARED)
     assert len(fever.pages) == 99

@@ -217,7 +217,10 @@ def _bench_zsre(
 def _bench_fever(
     data: Annotated[Path, typer.Option("--data", help="Folder of FEVER: official files, the Hub's copy, or by page.")],
     out: Out = Path("runs/fever"),
-    base: BaseName = "smollm2-135m",
+    base: Annotated[
+        str,
+        typer.Option("--base", help="Language models, with commas between: embedded alias, folder, Hub id, GGUF file."),
+    ] = "smollm2-135m",
     shots: Annotated[str, typer.Option("--shots", help="Examples in the prompt: 0-5, or 0,5.")] = "0-5",
     memory: Annotated[
         str, typer.Option("--memory", help="none, doc, temp, doctemp, other, with commas between them.")
@@ -245,7 +248,7 @@ def _bench_fever(
     from byheart.base import load_base
     from byheart.benchmarks.fever import load_fever
     from byheart.benchmarks.fever_run import VARIANTS, Plan, run_fever
-    from byheart.fever_report import grids, write_fever_report
+    from byheart.fever_report import grids, join_fever_runs, write_fever_report
     from byheart.methods.contract import Settings
     from byheart.progress import Terminal
 
@@ -262,20 +265,33 @@ def _bench_fever(
         if key in ("memory.learn", "memory.study", "memory.wordings"):
             raise UsageError(f"--set {key}: --memory says what is learnt here")
     check_used(options, ["memory"])
+    bases = list(dict.fromkeys(name.strip() for name in base.split(",") if name.strip()))
+    if not bases:
+        raise UsageError("--base: names no language model")
+    parts = [Path(name).name for name in bases]
+    if len({*parts}) < len(parts):
+        raise UsageError(f"--base {base}: two models of one name would write into one folder")
     fever = load_fever(data, top=pages, how=split, seed=seed, limit=limit)  # type: ignore[arg-type]
-    model = load_base(base, device=device, dtype=dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    rows, rest = _ordinary_rows(model, text, seed)
-    given = _given_text(rest, out, ["memory"])
-    settings = Settings(shots=0, seed=seed, options=parse_method_options([*given, *(options or [])]))
-    plan = Plan(_shots(shots), variants, tuple(range(seed, seed + seeds)), context, rows)  # type: ignore[arg-type]
-    origin = {"data": str(data), "split": split, "limit": limit}
     show = Terminal()
-    run = run_fever(fever, model, out, settings, plan, origin=origin, progress=show)
+    numbers, seen = _shots(shots), range(seed, seed + seeds)
+    origin = {"data": str(data), "split": split, "limit": limit}
+    runs = []
+    for name, part in zip(bases, parts, strict=True):
+        folder = out / part if len(bases) > 1 else out
+        folder.mkdir(parents=True, exist_ok=True)
+        model = load_base(name, device=device, dtype=dtype)
+        rows, rest = _ordinary_rows(model, text, seed)
+        given = _given_text(rest, folder, ["memory"])
+        settings = Settings(shots=0, seed=seed, options=parse_method_options([*given, *(options or [])]))
+        plan = Plan(numbers, variants, tuple(seen), context, rows)  # type: ignore[arg-type]
+        runs.append(run_fever(fever, model, folder, settings, plan, origin=origin, progress=show))
+        if len(bases) > 1:
+            show.say(f"report: {write_fever_report(folder)}")
+            join_fever_runs(out, parts[: len(runs)], runs)
     if as_json:
-        print(json.dumps(run, ensure_ascii=False, indent=2))
+        print(json.dumps(runs if len(runs) > 1 else runs[0], ensure_ascii=False, indent=2))
     else:
-        print_grids(grids(run))
+        print_grids(grids(*runs))
     show.say(f"report: {write_fever_report(out)}")
 
 
