@@ -569,6 +569,18 @@ def test_progress_is_told_whatever_is_learnt(learn, rows, base, tmp_path):
     assert sum(told) == (ledger.count(method.learns) or len({piece.owner for piece in method.pieces})) > 0
 
 
+def test_progress_is_told_of_study_and_training(base, tmp_path):
+    ledger, parts = ledger_of(tmp_path), []
+    for options in ({"study": 1}, {"study": 1, "epochs": 3}):  # the second time the study is there
+        told = []
+        memory(base, tmp_path, **{"epochs": 2} | options).learn(ledger, told.append)
+        assert sum(told) == ledger.count("document")
+        parts.append(told)
+    assert parts[1][0] == ledger.count("document") // 2
+    with pytest.raises(UsageError, match="studies pages, which learn=temp leaves out"):
+        memory(base, tmp_path, study=1, learn="temp")
+
+
 def test_a_question_without_an_answer_is_counted(base, tmp_path):
     question = Question(id="none", question="Who was the first keeper?", answers=[], split="train")
     report = memory(base, tmp_path, epochs=1).learn(ledger_of(tmp_path, (*PAGES, question)))

@@ -162,6 +162,8 @@ def test_the_gap_is_between_the_groups_means():
     found.backward()
     assert losses[2].grad == 1
     assert tuning.gap(losses, ["a"] * 4).item() == 0
+    assert tuning.gap(losses, ["a", "a", "", "c"]).item() == 0  # of the third nothing is known
+    assert tuning.gap(losses, [""] * 4).item() == 0
 
 
 @pytest.mark.parametrize("how", [{}, {"encoder": "compressed", "columns": 3}, {"encoder": "selected", "columns": 3}])
@@ -225,8 +227,28 @@ def test_each_term_lowers_what_it_names(tiny, ledger, tmp_path, monkeypatch, opt
 def test_a_gap_needs_questions_of_two_kinds(tiny, ledger, tmp_path):
     for question in list(ledger.questions(["train"])):
         ledger.revise(question.model_copy(update={"kind": "direct"}))
-    with pytest.raises(DataError, match='all that there are to learn from are of kind "direct"'):
+    with pytest.raises(DataError, match='every question to learn from is of kind "direct"'):
         prefix(tiny("llama"), tmp_path, slots=2, fair=1).learn(ledger)
+
+
+def test_a_gap_is_between_what_a_named_attribute_says(tiny, ledger, tmp_path, monkeypatch):
+    seen, plain = [], tuning.gap
+    monkeypatch.setattr(tuning, "gap", lambda losses, groups: seen.extend(groups) or plain(losses, groups))
+
+    def learn(**how):
+        prefix(tiny("llama"), tmp_path, slots=2, fair=1, epochs=1, **how).learn(ledger)
+
+    with pytest.raises(DataError, match="every question to learn from has no attribute coast"):
+        learn(fair_by="coast")
+    with pytest.raises(UsageError, match="fair_by=coast: nothing goes by it"):
+        prefix(tiny("llama"), tmp_path, slots=2, fair_by="coast")
+    first, second, *others = list(ledger.questions(["train"]))
+    ledger.revise(first.model_copy(update={"attributes": {"coast": "north"}}))
+    with pytest.raises(DataError, match='every question to learn from is of coast "north"'):
+        learn(fair_by="coast")
+    ledger.revise(second.model_copy(update={"attributes": {"coast": "south", "kind": "none"}}))
+    learn(fair_by="coast")
+    assert sorted(seen) == [*[""] * len(others), "north", "south"] and others
 
 
 def test_a_question_beyond_the_models_positions_is_named_and_padding_stands_nowhere(tiny, ledger, tmp_path):
@@ -249,6 +271,8 @@ def test_terms_that_cannot_be_are_refused(tiny, tmp_path):
         ({"store": "disk", "passages": "none", "slots": 2}, "no passages to keep"),
         ({"hard": 1}, r"prefix\.hard=1\.0: nothing is trained"),
         ({"study": 1}, "nothing is trained"),
+        ({"lr": 0.1}, "nothing is trained"),
+        ({"epochs": 2, "encoder": "selected"}, "nothing is trained"),
     ):
         with pytest.raises(UsageError, match=why):
             prefix(tiny("llama"), tmp_path, **options)
@@ -321,8 +345,10 @@ def test_a_corpus_in_one_cache_learns_from_what_the_model_asks_itself(tiny, ledg
     monkeypatch.setattr(Prefix, "_batch", lambda *args: seen.append(plain(*args)) or seen[-1])
     given = {"passages": "none", "slots": 6, "begin": "pages", "study": 1, "distil": 1, "epochs": 30, "lr": 0.1}
     method = prefix(base, tmp_path / "work", **given)
-    report = method.learn(ledger)
+    told = []
+    report = method.learn(ledger, told.append)
     assert "8 questions to learn from" in report.notes[0] and len(made) == len(PAGES)
+    assert sum(told) == len(PAGES) and told[:3] == [0, 1, 1]  # half of it by study, three passages and one
     # The columns see no passage; what they are told by stands behind the whole one.
     start = len(method.slots)
     for batch in seen:
@@ -360,7 +386,9 @@ def test_what_was_made_before_a_kill_is_not_made_again(tmp_path):
     path = tmp_path / "rows.json"
     with pytest.raises(KeyboardInterrupt):
         resumed(path, "a", range(7), 2, lambda some: make(some, 5))
-    assert resumed(path, "a", range(7), 2, make) == [0, 1, 4, 9, 16, 25, 36]
+    told = []
+    assert resumed(path, "a", range(7), 2, make, told.append) == [0, 1, 4, 9, 16, 25, 36]
+    assert told == [4, 2, 1]
     assert calls == [[0, 1], [2, 3], [4, 5], [4, 5], [6]]
     assert resumed(path, "b", range(2), 2, make) == [0, 1]
 

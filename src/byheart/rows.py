@@ -101,6 +101,7 @@ class Question(_Row):
 
     ``documents`` and ``facts`` are the ids it asks about. ``answerable=False`` says that the right reaction is to
     abstain. Only ``train`` questions may be learnt from or shown as examples; the others are for measuring.
+    ``attributes`` are whatever else is known of it, by name.
     """
 
     id: str = Field(min_length=1)
@@ -108,6 +109,7 @@ class Question(_Row):
     answers: list[str] = []
     choices: list[str] | None = None
     kind: str = "direct"
+    attributes: dict[str, str] = {}
     facts: list[str] = []
     documents: list[str] = []
     answerable: bool = True

@@ -115,9 +115,14 @@ def read_card(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def resumed(
-    path: Path, mark: str, items: Sequence[Any], step: int, make: Callable[[Sequence[Any]], Sequence[Any]]
+    path: Path,
+    mark: str,
+    items: Sequence[Any],
+    step: int,
+    make: Callable[[Sequence[Any]], Sequence[Any]],
+    tell: Callable[[int], None] = lambda count: None,
 ) -> list[Any]:
-    """What ``make`` gives for each item, as JSON holds it, ``step`` items at a time.
+    """What ``make`` gives for each item, as JSON holds it, ``step`` items at a time; ``tell`` is told how many.
 
     A file that an earlier run with the same ``mark`` left at ``path`` is gone on from.
     """
@@ -126,9 +131,11 @@ def resumed(
         rows: list[Any] = kept["rows"] if kept["mark"] == mark else []
     except (DataError, KeyError, TypeError):
         rows = []
+    tell(len(rows))
     for start in range(len(rows), len(items), step):
         rows += make(items[start : start + step])
         write_json(path, {"mark": mark, "rows": rows})
+        tell(len(rows) - start)
     return rows
 
 

@@ -122,6 +122,8 @@ class Memory(Closed):
             if getattr(self.options, name) < 1:
                 raise UsageError(f"--set memory.{name}={getattr(self.options, name)}: must be at least 1")
         if self.options.learn == "temp":
+            if self.options.study:
+                raise UsageError(f"--set memory.study={self.options.study}: studies pages, which learn=temp leaves out")
             self.learns = "question"
         self.blocks = choose_blocks(self.options.blocks, len(base.parts.blocks))
         self.adapters = self._fresh()
@@ -145,10 +147,12 @@ class Memory(Closed):
             ledger, options.learn, self._asking(), options.wordings, dt.date.today(), self.measured
         )
         began = time.perf_counter()
-        pieces += self._studied(ledger.documents())
+        rows = ledger.count(self.learns) or len({piece.owner for piece in pieces})
+        if options.study:
+            progress = scaled(progress, 2, 1)  # half of it to study, half to train
+        pieces += self._studied(ledger.documents(), progress, rows)
         studied = time.perf_counter() - began
         documents = len({piece.owner for piece in pieces if piece.kind == "page"})
-        rows = ledger.count(self.learns) or len({piece.owner for piece in pieces})
         trained, notes = self.train(pieces, progress, rows)
         return self._report(studied + trained.seconds, documents, notes)
 
@@ -443,9 +447,12 @@ class Memory(Closed):
             found += [piece for piece in old if piece not in found] if found[0] in old else self._studied(rows)
         return found, owners
 
-    def _studied(self, documents: Iterable[LedgerRow]) -> list[Piece]:
+    def _studied(
+        self, documents: Iterable[LedgerRow], progress: Progress = lambda count: None, count: int = 0
+    ) -> list[Piece]:
+        """What the model makes of pages itself; ``progress`` shall have been told of ``count`` in the end."""
         options = self.options
-        if not options.study or options.learn == "temp":
+        if not options.study:
             return []
         pages = (row for row in documents if isinstance(row, Document))
         passages = list(segment(pages, self.encoder.splitter, self.settings.segment))
@@ -459,7 +466,8 @@ class Memory(Closed):
             found = (study(self.base, self.form, lot, options.study, seed, asking, self.measured) for lot in some)
             return [[piece.model_dump(mode="json") for piece in pieces] for pieces in found]
 
-        rows = resumed(self._folder / f"study-{mark}.json", mark, lots, 1, make)
+        tell = scaled(progress, max(len(lots), 1), count)
+        rows = resumed(self._folder / f"study-{mark}.json", mark, lots, 1, make, tell)
         return [Piece.model_validate(row) for lot in rows for row in lot]
 
     def _states(self, folder: Path, rows: Sequence[Row], start: int) -> States:

@@ -35,6 +35,7 @@ from byheart.methods.prefix.slots import Slots, chosen_columns
 from byheart.methods.prefix.store import Precision, Store
 from byheart.methods.prefix.tokens import Imitated, TokenHeads, fit_heads
 from byheart.methods.prefix.tuning import (
+    KIND,
     Batch,
     Beside,
     Lesson,
@@ -61,6 +62,10 @@ _ONLY = {
     "columns": ("selected", "compressed", "text"), "fit": ("tokens",), "rank": ("tokens",),
     "tune_encoder": ("text",), "vicreg": ("text",), "demonstrations": ("cache", "selected", "compressed", "tokens"),
 }  # fmt: skip
+# What only training asks for.
+_TRAINING = (
+    "distil", "vicreg", "fair", "wrong", "study", "hard", "begin", "epochs", "batch", "lr", "warmup", "decay", "clip",
+)  # fmt: skip
 # Tokens of pages that learnt columns are chosen among.
 _BEGIN = 2_048
 # Passages, or questions, whose answers are on disk before the next ones are worked at.
@@ -84,7 +89,8 @@ class PrefixOptions:
         rank: of what training, with ``slots``, changes in these heads; 0: they stay as they are fitted.
         tune_encoder: with ``text``, train a copy of the text encoder along, in steps a hundred times smaller.
         distil, vicreg, fair, wrong: weights of what training adds to cross-entropy, see
-            :class:`byheart.methods.prefix.tuning.Terms`; ``fair`` goes by the questions' ``kind``.
+            :class:`byheart.methods.prefix.tuning.Terms`.
+        fair_by: what ``fair`` tells questions apart by: their ``kind``, or one of their ``attributes`` by its name.
         study: of each window of a page, questions that the model asks itself and learns from, too (self-study).
         realm: of each training question, passages from whose likelihoods of the answer the retriever learns; 0: it does
             not (:mod:`byheart.methods.prefix.marginal`).
@@ -111,6 +117,7 @@ class PrefixOptions:
     distil: float = 0.0
     vicreg: float = 0.0
     fair: float = 0.0
+    fair_by: str = KIND
     wrong: float = 0.0
     study: int = 0
     realm: int = 0
@@ -201,13 +208,15 @@ class Learnt(Context):
             raise UsageError(f"--set prefix.blend={options.blend}: blends several passages; use --k 2 or more")
         if options.precision != "model" and not self._keeps and not self._trains:
             raise UsageError(f"--set prefix.precision={options.precision}: nothing is on disk; use prefix.store=disk")
-        if not self._trains:
-            for name in ("distil", "vicreg", "fair", "wrong", "study", "hard"):
-                if getattr(options, name):
-                    raise UsageError(
-                        f"--set prefix.{name}={getattr(options, name)}: nothing is trained; learn prefix.slots, or a "
-                        "prefix.encoder"
-                    )
+        for name in () if self._trains else _TRAINING:
+            alone = name == "epochs" and options.realm  # a retriever that learns from the reader sees them as often
+            if getattr(options, name) != getattr(PrefixOptions, name) and not alone:
+                raise UsageError(
+                    f"--set prefix.{name}={getattr(options, name)}: nothing is trained; learn prefix.slots, or a "
+                    "prefix.encoder"
+                )
+        if options.fair_by != KIND and not options.fair:
+            raise UsageError(f"--set prefix.fair_by={options.fair_by}: nothing goes by it; give prefix.fair a weight")
         if self._keeps and options.passages == "none":
             raise UsageError("--set prefix.store=disk: with prefix.passages=none there are no passages to keep")
         for name in ("fair", "wrong", "vicreg"):
@@ -339,18 +348,21 @@ class Learnt(Context):
         began = time.perf_counter()
         # Without passages none is needed, but to be told from.
         needed = options.passages == "retrieved" or options.distil > 0
-        found, skipped = lessons(pairs, base, self.form, self.beside, needed=needed)
+        found, skipped = lessons(pairs, base, self.form, self.beside, needed=needed, by=options.fair_by)
         if options.study:
-            found += self._studied(to_measure(ledger))
+            progress = scaled(progress, 2, 1)  # half of it to study, half to train
+            found += self._studied(to_measure(ledger), progress, report.documents)
         if not found:
             why = "whose document holds its answer" if needed else "with an answer"
             raise DataError(f"prefix: there is something to learn, and the ledger has no training question {why}")
         if not needed:
             found = [replace(one, passages=()) for one in found]
-        if options.fair and len({one.group for one in found}) == 1:
+        groups = {one.group for one in found if one.group}
+        if options.fair and len(groups) < 2:
+            there = f'is of {options.fair_by} "{groups.pop()}"' if groups else f"has no attribute {options.fair_by}"
             raise DataError(
-                f"prefix: prefix.fair={options.fair} holds kinds of questions against each other, and all that there "
-                f'are to learn from are of kind "{found[0].group}"'
+                f"prefix: prefix.fair={options.fair} holds groups of questions against each other, and every question "
+                f"to learn from {there}"
             )
         blocks = list(dict.fromkeys(block for lesson in found for block in lesson.blocks))
         orders = Orders([len(found)], options.batch, options.epochs, seed)
@@ -386,8 +398,11 @@ class Learnt(Context):
         note = f"{len(found)} questions to learn from, {orders.steps} steps; {trained.course(options.epochs)}"
         return replace(report, seconds=ready + trained.seconds, skipped=report.skipped | skipped, notes=(note,))
 
-    def _studied(self, measured: Container[str]) -> list[Lesson]:
-        """Lessons that the model makes of the indexed passages itself; none in words that are measured."""
+    def _studied(self, measured: Container[str], progress: Progress, documents: int) -> list[Lesson]:
+        """Lessons that the model makes of the indexed passages itself; none in words that are measured.
+
+        ``progress`` shall have been told of so many ``documents`` in the end.
+        """
         passages = [passage for _, passage in self._retriever.index.all_passages()]
         count, seed = self.options.study, self.settings.seed
         form = (self.form.examples, self.settings.chat)
@@ -401,7 +416,8 @@ class Learnt(Context):
                 asked[some[passage]].append((some[passage], question, answer))
             return list(asked.values())
 
-        rows = resumed(self.work / f"study-{mark}.json", mark, range(len(passages)), _AT_ONCE, make)
+        tell = scaled(progress, max(len(passages), 1), documents)
+        rows = resumed(self.work / f"study-{mark}.json", mark, range(len(passages)), _AT_ONCE, make, tell)
         asked = [
             (Question(id=f"study-{n}", question=question, answers=[answer], kind="study"), passages[n])
             for found in rows
@@ -409,7 +425,11 @@ class Learnt(Context):
             if as_measured(question) not in measured
         ]
         return [
-            replace(lesson(self.base, self.form, question, question.answers[0], [passage]), shown=shown, weight=weight)
+            replace(
+                lesson(self.base, self.form, question, question.answers[0], [passage], self.options.fair_by),
+                shown=shown,
+                weight=weight,
+            )
             for (question, passage), (shown, weight) in zip(
                 asked, self.beside([question for question, _ in asked]), strict=True
             )

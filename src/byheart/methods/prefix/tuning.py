@@ -35,6 +35,8 @@ Beside = tuple[tuple[Example, ...], float]
 Pairs = Sequence[tuple[Question, tuple[Passage, ...]]]
 # What has been trained or fitted before moves in smaller steps than what is new: these shares of them, by name.
 _SLOW = {".text.": 0.01, "tokens.": 0.1}
+# What questions are told apart by where no attribute of theirs is named.
+KIND = "kind"
 # Lessons read at once.
 _READ = 16
 
@@ -44,7 +46,7 @@ class Lesson:
     """A question's tokens and those of an answer, with the passages that it stands behind.
 
     Attributes:
-        group: what the fairness term tells questions apart by.
+        group: what the fairness term tells questions apart by; empty where nothing is known.
         weight: how much it counts.
         shown: other questions with their answers, that stand before the passages.
     """
@@ -62,12 +64,15 @@ class Lesson:
         return (*self.shown, *self.passages)
 
 
-def lesson(base: Base, form: PromptFormat, question: Question, answer: str, passages: Sequence[Passage]) -> Lesson:
-    """A question with one of its answers as a lesson."""
+def lesson(
+    base: Base, form: PromptFormat, question: Question, answer: str, passages: Sequence[Passage], by: str = KIND
+) -> Lesson:
+    """A question with one of its answers as a lesson, its group that of the attribute ``by``."""
     tail = form.pieces(question.question, (), question.choices)[2]
     ids = token_ids(base.tokenizer, tail, beginning=False)
+    group = question.kind if by == KIND else question.attributes.get(by, "")
     continued = option_ids(base.tokenizer, tail, ids, form.continuation(answer) + _END, beginning=False)
-    return Lesson(tuple(passages), tuple(ids), tuple(continued), question.kind)
+    return Lesson(tuple(passages), tuple(ids), tuple(continued), group)
 
 
 def to_learn_from(ledger: Ledger, form: PromptFormat) -> tuple[list[Question], dict[str, int]]:
@@ -124,6 +129,7 @@ def lessons(
     beside: Callable[[Sequence[Question]], Sequence[Beside]],
     *,
     needed: bool = True,
+    by: str = KIND,
 ) -> tuple[list[Lesson], dict[str, int]]:
     """A lesson for each question behind its passages (see :func:`held`); why others are left out, counted.
 
@@ -131,6 +137,7 @@ def lessons(
 
     Args:
         beside: what stands beside each question.
+        by: the attribute that groups are of.
     """
     left_out = Counter(
         "no passage holds its answer" if question.documents else "names no document"
@@ -142,7 +149,7 @@ def lessons(
     for (question, passages), (shown, weight) in zip(taken, beside([one for one, _ in taken]), strict=True):
         answers = question.answers
         answer = next((text for text in answers if any(contains(one.text, [text]) for one in passages)), answers[0])
-        made = lesson(base, form, question, answer, passages)
+        made = lesson(base, form, question, answer, passages, by)
         found.append(replace(made, shown=shown, weight=weight))
     return found, dict(left_out)
 
@@ -254,10 +261,13 @@ def spread(states: Tensor) -> Tensor:
 
 
 def gap(losses: Sequence[Tensor], groups: Sequence[str]) -> Tensor:
-    """The mean loss of the group that has the highest, minus that of the one that has the lowest."""
+    """The mean loss of the group that has the highest, minus that of the one that has the lowest; 0 with none."""
     by_group: dict[str, list[Tensor]] = {}
     for group, value in zip(groups, losses, strict=True):
-        by_group.setdefault(group, []).append(value)
+        if group:
+            by_group.setdefault(group, []).append(value)
+    if not by_group:
+        return losses[0].new_zeros(())
     means = torch.stack([torch.stack(values).mean() for values in by_group.values()])
     return means.max() - means.min()
 
