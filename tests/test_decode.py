@@ -55,10 +55,15 @@ def test_a_batch_says_what_each_prompt_would_say_alone(family, tiny):
 def test_option_likelihoods_are_those_of_the_whole_text(family, tiny):
     base = tiny(family)
     options = (" Ilse Terravin", " smoked eel in boxes", " A")
-    jobs = [Job(p, options[: n % 3 + 1]) for n, p in enumerate(PROMPTS)]
+    said = [one.text for one in complete(base, [Job(p) for p in PROMPTS], max_new_tokens=3)]
+    jobs = [
+        Job(p, (*options[: n % 3 + 1], *filter(None, [text])))
+        for n, (p, text) in enumerate(zip(PROMPTS, said, strict=True))
+    ]
+    shares = []
     for job, completion in zip(jobs, complete(base, jobs, max_new_tokens=3), strict=True):
         assert len(completion.options) == len(job.options)
-        for option, found in zip(job.options, completion.options, strict=True):
+        for option, found, hits in zip(job.options, completion.options, completion.hits, strict=True):
             ids = base.tokenizer(job.prompt)["input_ids"]
             more = option_ids(base.tokenizer, job.prompt, ids, option)
             with torch.no_grad():
@@ -71,6 +76,9 @@ def test_option_likelihoods_are_those_of_the_whole_text(family, tiny):
                     out = base.model(input_ids=torch.tensor([ids + more[:-1]])).logits[0, len(ids) - 1 :]
             expected = out.log_softmax(-1)[range(len(more)), more].mean()
             assert found == pytest.approx(float(expected), abs=2e-4)
+            shares.append(sum(map(torch.equal, out.argmax(-1), torch.tensor(more))) / len(more))
+            assert hits == pytest.approx(shares[-1])
+    assert len({*shares}) > 1  # what the model says itself is among them
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])

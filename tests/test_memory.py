@@ -391,6 +391,23 @@ def test_a_killed_training_goes_on_to_the_same_weights(keep, base, tmp_path, mon
     assert again.losses == whole.losses
 
 
+@pytest.mark.parametrize("place", ["block", "mlp", "parallel"])
+def test_a_memory_in_a_model_of_8_bits_learns(place, tokenizer, tmp_path):
+    base, whole = (
+        make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer, packed=packed) for packed in (True, False)
+    )
+    plain, before = {name: one.clone() for name, one in bits(base).items()}, logits(base)
+    ledger = ledger_of(tmp_path)
+    method, other = memory(base, tmp_path, place=place), memory(whole, tmp_path / "whole", place=place)
+    method.learn(ledger)
+    other.learn(ledger)
+    assert method.losses[-1] < method.losses[0] - 0.05
+    assert method.losses == pytest.approx(other.losses, abs=0.05) and method.losses != other.losses
+    with method.attached():
+        assert not torch.equal(logits(base), before)
+    assert torch.equal(logits(base), before) and same(bits(base), plain)
+
+
 def test_what_is_kept_still_moves_less(base, tmp_path, monkeypatch):
     monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
     text = tmp_path / "text.txt"

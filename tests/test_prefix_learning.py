@@ -25,6 +25,7 @@ from byheart.retrieve import searchable
 from byheart.rows import Document, Question
 from byheart.segment import Passage
 from byheart.storage import resumed
+from byheart.training import steps_done
 
 PAGES = {
     "quay": "Ostrand Quay lies on the Tessary Coast, and its lamp was lit in 1931.",
@@ -286,6 +287,25 @@ def test_a_training_that_is_done_reads_no_passage_again(tiny, ledger, tmp_path, 
     monkeypatch.setattr(Cache, "fresh", lambda self, passages: pytest.fail("read again"))
     again.learn(ledger)
     assert all(torch.equal(one, other) for one, other in zip(first.slots.keys, again.slots.keys, strict=True))
+
+
+@pytest.mark.parametrize("how", [{"slots": 3}, {"encoder": "text", "columns": 3, "vicreg": 0.1}])
+def test_a_killed_training_goes_on_to_the_same_weights(tiny, ledger, tmp_path, monkeypatch, how):
+    monkeypatch.setattr("byheart.training._SAVE_EVERY", 0.0)
+    base, given = tiny("llama"), how | {"epochs": 4, "batch": 2}
+    whole, killed, again = (prefix(base, tmp_path / name, **given) for name in ("one", "two", "two"))
+    whole.learn(ledger)
+
+    def kill(count):
+        if count:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed.learn(ledger, kill)
+    assert steps_done(next((tmp_path / "two").glob("learnt-*.safetensors"))) > 0
+    again.learn(ledger)
+    one, other = whole._learnt.state_dict(), again._learnt.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(("encoder", "count"), [("cache", 2), ("text", 1)])
