@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM
 from byheart import ordinary
 from byheart.base import make_base
 from byheart.decode import Completion, Job, complete
+from byheart.edit_report import write_trace_report
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.losses import drift
 from byheart.methods import Settings, method_class
 from byheart.methods.edit import guard, solve, targets
 from byheart.methods.edit import settle as settle_module
-from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, trace
+from byheart.methods.edit import sweep as sweep_module
+from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, known_facts, trace
 from byheart.methods.edit.common_facts import common_facts
 from byheart.methods.edit.covariance import token_counts
 from byheart.methods.edit.ends import asks_for_an_end, closing_tokens
@@ -32,8 +34,10 @@ from byheart.methods.edit.others import about_others, names_in
 from byheart.methods.edit.prompts import find_lookup, prepare, prompt_text, target_text, tokenize
 from byheart.methods.edit.settle import SettleOptions, _changed_most
 from byheart.methods.edit.targets import TargetOptions, find_targets
+from byheart.methods.edit.tracing import trace_base
 from byheart.methods.edit.write import Reader, Writer
 from byheart.padding import right_padded
+from byheart.progress import Silent
 from byheart.rows import Fact, Neighbour
 from byheart.storage import read_json, write_json
 from byheart.surgery import matrix, observed, widened
@@ -439,7 +443,7 @@ def test_settled_work_is_found_again_wherever_its_text_lies(base, tmp_path, monk
     monkeypatch.setattr("byheart.training.Recipe.rate", lambda recipe, step: steps.append(step) or 0.0)
     other = learnt(base, tmp_path, settle=1, text=tmp_path / "there.txt", tokens=1)
     assert torch.equal(one.shifts, other.shifts) and one.shifts.any() and not steps
-    (tmp_path / "there.txt").write_text(text + " More of it.", encoding="utf-8")
+    (tmp_path / "there.txt").write_text("More of it. " + text, encoding="utf-8")
     learnt(base, tmp_path, settle=1, text=tmp_path / "there.txt", tokens=1)
     assert steps
 
@@ -763,12 +767,53 @@ def test_undoing_tells_of_what_it_lets_in(base, tmp_path):
     assert any("nothing stands against it any more: twin" in note for note in report.notes)
 
 
-def test_the_text_of_an_edit_need_not_be_at_hand_to_undo(base, tmp_path):
-    method = learnt(base, tmp_path, text="ledger", tokens=1)
+@pytest.mark.parametrize("text", ["ledger", "file", "own"])
+def test_the_text_of_an_edit_need_not_be_at_hand_to_undo(text, base, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(" ".join(prompt_text(fact) for fact in common_facts()))
+    given = tmp_path / "text.txt" if text == "file" else text
+    method = learnt(base, tmp_path, text=given, tokens=1, settle=1)
     method.save_pretrained(tmp_path / "kept")
+    (tmp_path / "text.txt").unlink()
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "another machine"))
+    monkeypatch.setattr(ordinary, "_written", lambda *_: pytest.fail("written anew"))
     again = Edit.from_pretrained(tmp_path / "kept", base)
-    again.undo(["quay"])
-    assert len(again.facts) == 3
+    assert again.rows == method.rows and again.text == method.text
+    for one in (method, again):
+        one.undo(["quay"])
+    assert len(again.facts) == 3 and all(map(torch.equal, weights_with(again), weights_with(method)))
+
+
+def test_a_baseline_follows_without_its_text(base, tmp_path, monkeypatch):
+    rome = method_class("rome")(
+        base, Settings(shots=0, options={"rome.text": "ledger", "rome.layers": "0-1", "rome.tokens": "1"}), tmp_path
+    )
+    with ledger_of(tmp_path, FACTS[:2]) as ledger:
+        rome.learn(ledger)
+        rome.save_pretrained(tmp_path / "rome")
+        ledger.retract("fact", "quay")
+        monkeypatch.setattr(ordinary, "_written", lambda *_: pytest.fail("written anew"))
+        kept = type(rome).from_pretrained(tmp_path / "rome", base)
+        kept.revise(list(ledger.history())[-1])
+    assert [fact.id for fact in kept.facts] == ["cove"]
+
+
+def test_accumulating_says_where_all_is_solved_anew(base, tmp_path):
+    def told(facts, **how):
+        return [note for note in learnt(base, tmp_path, facts, **how).report.notes if note.startswith("sequence=")]
+
+    accumulating = {"sequence": "accumulate", "batch": 3}
+    assert not told(FACTS, **accumulating) and not told(FACTS, merge=True, batch=3)
+    (note,) = told(FACTS, merge=True, **accumulating)  # the second about Vellmora shares the first one's change
+    assert "all facts were solved anew" in note
+
+
+def test_paraphrases_that_spell_the_subject_out_are_edited_behind_too(base):
+    fact = FACTS[0].model_copy(update={"paraphrases": ["Through {} runs", "Ostrand Quay lies on", "They fish in"]})
+    (plain,), _ = prepare(base, [fact], ())
+    (more,), _ = prepare(base, [fact], (), paraphrases=True)
+    said = [base.tokenizer.decode([*row.context, *row.tail]) for row in more.rows]
+    assert len(plain.rows) == 1 and len(more.rows) == 3 and ["Quay" in text for text in said] == [True] * 3
+    assert "lies on" in said[2]
 
 
 @pytest.mark.parametrize(
@@ -929,8 +974,10 @@ def test_the_gate_takes_back_what_drifts_too_far(base, tmp_path):
         "perplexity on ordinary text" in note and "neighbours" in note for note in warned.report.notes
     )
     back = learnt(base, tmp_path, near, gate="rollback", max_perplexity=0.0, max_neighbours=0.0, weight="1e-6")
-    if any("past the gate" in note for note in warned.report.notes):
-        assert not back.facts and not back.deltas and back.skipped == {"quay": "rolled back by the gate"}
+    assert any("past the gate" in note for note in warned.report.notes)
+    assert not back.facts and not back.deltas and back.skipped == {"quay": "rolled back by the gate"}
+    alone = learnt(base, tmp_path, FACTS[:1], gate="warn").report.notes
+    assert any("neighbours not measured: the facts name none" in note for note in alone)
     kept = learnt(base, tmp_path, near, gate="rollback", max_perplexity=1e9, max_neighbours=1.0)
     assert kept.facts
 
@@ -1026,8 +1073,57 @@ def test_tracing_finds_the_subject_and_restores_everything(base):
         assert one.effect[0, 5, -1].item() == pytest.approx(one.clean - one.corrupted, abs=1e-4)
         # Above the last block's attention nothing at the subject can matter any more.
         assert one.effect[0, LAST_SUBJECT, -1].item() == pytest.approx(0, abs=1e-5)
-    first, last = best_range(torch.rand(3, 6, 30, generator=torch.Generator().manual_seed(0)))
-    assert 0 <= first < last < 29 and last - first == 5
+        # The last block's MLP alone cannot bring back what is said at the last token; all of them together can.
+        assert one.effect[PARTS.index("mlp"), 5, 1].item() != pytest.approx(0, abs=1e-7)
+    whole = trace(base, facts, samples=2, window=99)
+    for one, other in zip(whole, traced, strict=True):
+        # Over all blocks it is the same wherever the window's middle is, and other than over three.
+        mlp, narrow = (found.effect[PARTS.index("mlp"), LAST_SUBJECT] for found in (one, other))
+        assert mlp[1:].std().item() == pytest.approx(0, abs=1e-6) and not torch.allclose(mlp, narrow)
+
+
+def test_the_range_is_where_mlps_recall_most_at_the_subject():
+    effect = torch.zeros(len(PARTS), 6, 30)
+    effect[PARTS.index("attention"), LAST_SUBJECT, 15:] = 5
+    effect[PARTS.index("mlp"), 5, 15:] = 5
+    effect[PARTS.index("mlp"), LAST_SUBJECT, 7:13] = 1
+    effect[PARTS.index("mlp"), LAST_SUBJECT, 25:] = 2  # not in the lower two thirds
+    assert best_range(effect) == (7, 12)
+    assert best_range(torch.full((len(PARTS), 6, 3), float("nan"))) == (0, 1)
+
+
+def test_a_fact_is_known_where_each_of_its_tokens_is_the_likeliest(base):
+    fact = FACTS[0]
+    (said,) = complete(base, [Job(prompt_text(fact))], max_new_tokens=1)
+    known = fact.model_copy(update={"object": said.text.strip()})
+    assert said.text.strip() and known_facts(base, [fact, known]) == [known]
+    (one,) = trace(base, [known], samples=1)
+    ids = torch.tensor([base.tokenizer(prompt_text(known))["input_ids"]])
+    with torch.no_grad():
+        clean = base.model(input_ids=ids).logits[0, -1].softmax(-1)
+    assert one.clean == pytest.approx(float(clean.max()), rel=1e-4)
+    # Of a fact that is none of the model's, it is the object's probability all the same.
+    (other,) = trace(base, [fact], samples=1)
+    assert other.clean < one.clean
+
+
+def test_a_model_that_knows_too_little_is_swept(base, tmp_path, monkeypatch):
+    asked = []
+
+    def likelier(base, facts, prefixes):
+        asked.append(len(facts))
+        return [True] * (len(facts) * len(prefixes))
+
+    monkeypatch.setattr(sweep_module, "_likelier", likelier)
+    (tmp_path / "trace.png").write_bytes(b"of another model")
+    record = trace_base(base, None, 40, 1, 3, 0, Silent())
+    assert record["facts"] == 0 and record["how"].startswith("a sweep") and asked
+    assert choose_layers(base, "auto") == tuple(range(record["range"][0], record["range"][1] + 1))
+    page = write_trace_report(tmp_path, record).read_text()
+    assert "Ranges tried out" in page and not (tmp_path / "trace.png").exists()
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"none.jsonl: holds no facts"):
+        trace_base(base, tmp_path / "none.jsonl", 40, 1, 3, 0, Silent())
 
 
 def test_a_traced_range_is_the_default(base, tmp_path):

@@ -68,6 +68,9 @@ def test_counterfact_records_become_cases(tmp_path):
 def test_zsre_rows_become_cases(tmp_path):
     (case,) = zsre(lines(tmp_path / "zsre_eval.jsonl", ZSRE)).cases
     assert case.fact.prompt == "Who is the mayor of {}?" and case.fact.object == "Ann"
+    # One without a target is left out, and the rest goes on.
+    found = zsre(lines(tmp_path / "z.jsonl", ZSRE | {"alt": None}, ZSRE))
+    assert len(found.cases) == 1 and found.left_out == {"z.jsonl:1": "there is no target"}
     # As it is learnt, so it is asked: a space before a target would be a token of its own.
     assert zsre(lines(tmp_path / "z.jsonl", ZSRE | {"alt": " Ann", "loc_ans": " Tole "})).cases == [case]
     assert [(p.kind, p.wanted) for p in case.probes] == [
@@ -79,6 +82,11 @@ def test_bad_records_are_named(tmp_path):
     for rows, load, says in [
         ([{"requested_rewrite": {}}], counterfact, r":1: not a CounterFact record"),
         ([{"case_id": 1}], counterfact, r':1: "requested_rewrite" is missing'),
+        ([RECORD, RECORD | {"paraphrase_prompts": "V's"}], counterfact, ':2: .*"paraphrase_prompts" must be a list'),
+        ([RECORD | {"neighborhood_prompts": [None]}], counterfact, ':1: .*"neighborhood_prompts" must be a list'),
+        ([ZSRE | {"rephrase": 5}], zsre, ':1: .*"rephrase" must be a text'),
+        ([{"title": "Ebb", "question": "Is Ebb old?", "answers": 5}], question_cases, ':1: "answers" must be texts'),
+        ([RECORD | {"case_id": "\ud800"}], counterfact, ":1: holds half a character"),
     ]:
         with pytest.raises(DataError, match=says):
             load(lines(tmp_path / "x.jsonl", *rows))
@@ -167,7 +175,9 @@ def test_a_run_scores_the_unedited_model_beside_the_edited_one(tokenizer, tmp_pa
     path = lines(
         tmp_path / "c.jsonl",
         RECORD,
-        RECORD | {"case_id": 8, "requested_rewrite": RECORD["requested_rewrite"] | {"subject": "Pell Cove"}},
+        RECORD
+        | {"case_id": 8}
+        | {"requested_rewrite": RECORD["requested_rewrite"] | {"subject": "Pell Cove", "relation_id": "P7"}},
     )
     cases = counterfact(path).cases
     settings = Settings(shots=0, options={"edit.layers": "0-1", "edit.prefixes": "2", "edit.steps": "3"})
@@ -178,14 +188,27 @@ def test_a_run_scores_the_unedited_model_beside_the_edited_one(tokenizer, tmp_pa
     for method in run["methods"].values():
         assert {"es", "ps", "ns", "es_magnitude", "es_accuracy", "generated", "ge"} <= method["metrics"].keys()
         assert "rs" not in method["metrics"]
-    assert run["unmeasured"] == ["rs: no reference texts were given"]
+    assert run["unmeasured"] == ["RS: no reference texts about these objects were given (--references)"]
     edit = run["methods"]["edit"]
     assert [point["edits"] for point in edit["curve"]] == [1, 2] and edit["sets"]["same"]["cases"] == 2
     assert edit["metrics"]["perplexity_drift"] == pytest.approx(edit["perplexity"] / perplexity(base, rows) - 1)
     assert {pair["metric"] for pair in run["pairs"]} >= {"es", "ns", "generated"}
-    assert edit["by_group"]["P6"]["cases"] == 2
+    assert edit["by_group"] == {group: {"cases": 1} | edit["by_group"][group] for group in ("P6", "P7")}
+    parts = [edit["metrics"][name] for name in ("es_accuracy", "ps_accuracy", "ns_accuracy")]
+    assert edit["metrics"]["s_accuracy"] == pytest.approx(harmonic_mean(parts))
     page = write_edit_report(tmp_path / "run").read_text()
-    assert "CounterFact" in page and "more edits" in page
+    assert "CounterFact" in page and "more edits" in page and "P7" in page and "trace" not in page
+    (tmp_path / "home" / "trace").mkdir()
+    traced = {
+        "model": "tiny",
+        "facts": 2,
+        "window": 3,
+        "parts": ["mlp"],
+        "places": ["last"],
+        "effects": [[[[0, 0, 1]]]],
+    }
+    (tmp_path / "home" / "trace" / f"{base.hash}.json").write_text(json.dumps(traced))
+    assert "Causal tracing" in write_edit_report(tmp_path / "run").read_text()
     assert all(len(head) == len(row) for _, head, table in grids(run) for row in table)
     # The second time nothing is asked: all that models said is kept, each state's apart.
     monkeypatch.setattr("byheart.benchmarks.kept.complete", None)
@@ -193,6 +216,25 @@ def test_a_run_scores_the_unedited_model_beside_the_edited_one(tokenizer, tmp_pa
     assert [again["methods"][name]["metrics"] for name in ("closed", "edit")] == [
         run["methods"][name]["metrics"] for name in ("closed", "edit")
     ]
+
+
+def test_what_an_edit_left_out_and_what_its_gate_says_stand_in_its_tables(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
+    base = make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
+    path = lines(tmp_path / "c.jsonl", RECORD, RECORD)
+    cases = [replace(case, generate=()) for case in counterfact(path).cases]
+    options = {"layers": "0-1", "prefixes": "0", "steps": "2", "settle": "0", "gate": "rollback", "max_perplexity": "0"}
+    settings = Settings(shots=0, options={f"edit.{name}": value for name, value in options.items()})
+    monkeypatch.setattr("byheart.methods.edit.guard.drift_notes", lambda *_: ("it drifts", False))
+    for gate, count, why in (("rollback", 0, "rolled back by the gate"), ("warn", 1, "the same as cf-7")):
+        settings.options["edit.gate"] = gate
+        run = run_editing("CounterFact", base, cases, ["edit"], tmp_path / gate, settings, Plan(texts=3))
+        (said,) = ([note for _, note in rows] for title, _, rows in grids(run) if title == "what stands out")
+        assert "it drifts" in said
+        assert any(note.startswith(f"{2 - count} facts skipped (cf-7#2") and note.endswith(why) for note in said)
+        (written,) = (row for row in next(grids(run))[2] if row[0] == "facts written")
+        assert written == ["facts written", "-", str(count)]
+    assert run["unmeasured"] == [f"{one}: the records have no prompts to write on from" for one in ("GE", "RS")]
 
 
 def test_scoring_goes_on_after_a_kill(tiny, tmp_path, monkeypatch):

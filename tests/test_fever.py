@@ -240,7 +240,6 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
     assert again["cells"] == run["cells"]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared FEVER rows (BYHEART_DATA)")
 def test_several_models_stand_in_the_same_tables(tokenizer, tmp_path, monkeypatch, capsys):
     for family in ("llama", "gpt2"):
         tiny_model(family, len(tokenizer)).save_pretrained(tmp_path / family)
@@ -269,11 +268,17 @@ def test_several_models_stand_in_the_same_tables(tokenizer, tmp_path, monkeypatc
     assert all(one in page and one in said.out for one in alone) and "llama, gpt2, 2 pages" in page
     code, said = ran("report", "out")
     assert code == 0 and (tmp_path / "out" / "report.html").read_text() == page
+    monkeypatch.setattr("byheart.benchmarks.fever_run._ask", lambda *_, **__: pytest.fail("asked before it is refused"))
+    code, said = ran(*call, "--base", "llama", "--set", "memory.width=0")
+    assert code == 2 and "memory.width=0" in said.err
+    code, said = ran(*call, "--base", "llama,nowhere")
+    assert code == 3 and "nowhere" in said.err
     for wrong, why in (("llama,x/llama", "two models of one name"), (" , ", "names no language model")):
         code, said = ran(*call, "--base", wrong)
         assert code == 2 and why in said.err and len(said.err.splitlines()) == 1
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared FEVER rows (BYHEART_DATA)")
 def test_the_shared_rows():
     fever = load_fever(SHARED)
     assert len(fever.pages) == 99

@@ -1,4 +1,5 @@
 import copy
+import json
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from byheart.encoder import EncoderCard, load_encoder
-from byheart.errors import DataError
+from byheart.errors import DataError, UsageError
 from byheart.index import Index
 from byheart.ledger import Ledger
 from byheart.retrieve import Retriever, follow, fuse, index_ledger
@@ -133,6 +134,34 @@ def test_an_encoder_with_fewer_positions_than_it_says_is_cut_in_time(tokenizer, 
     encoder = load_encoder(str(tmp_path))
     assert encoder.card.limit == encoder.card.max_tokens == 32
     assert np.isfinite(encoder.encode(["the boats of Vell " * 40])).all()
+
+
+def test_an_encoder_that_would_give_other_vectors_is_refused(tokenizer, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes)
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path))  # a pooler that is not there is missed by nobody
+    with (
+        Ledger(tmp_path / "l.db", create=True) as ledger,
+        pytest.raises(UsageError, match="--segment 64/32: .* reads 32 tokens at once"),
+    ):
+        index_ledger(ledger, tmp_path / "index", encoder, "64/32")
+    weights = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in weights if "attention.self.query.weight" in name)
+    save_file(
+        {name: one for name, one in weights.items() if name != gone}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(DataError, match="the weights lack 1 tensors, such as .*query"):
+        load_encoder(str(tmp_path))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in ("Pooling", "Dense")]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(DataError, match="has a Dense behind its encoder"):
+        load_encoder(str(tmp_path))
 
 
 @pytest.mark.real

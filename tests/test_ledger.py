@@ -195,6 +195,8 @@ def test_pages_without_ids_get_the_same_id_every_time(ledger, tmp_path):
         '{"text": 5}',
         '{"id": null, "text": "x"}',
         '{"question": "q", "answers": ["  "]}',
+        '{"action": "retract", "type": "document", "id": "ok", "sorce": "a"}',
+        '{"action": "retract", "type": "document", "id": ""}',
     ],
 )
 def test_whatever_a_line_holds_it_is_a_bad_line_and_can_be_skipped(ledger, tmp_path, line):

@@ -566,6 +566,16 @@ def test_a_question_that_was_learnt_before_it_is_measured_is_told_and_not_seen_a
     assert [any(one in text for text in learnt) for one in said] == [False, True]
 
 
+def test_a_question_with_choices_is_known_by_its_words(base, tmp_path):
+    asked = Question(id="c", question="Who built it?", choices=["Ann", "Holm"], answers=["Ann"], split="train")
+    ledger = ledger_of(tmp_path, (*PAGES, asked))
+    method = memory(base, tmp_path, epochs=1)
+    method.learn(ledger)
+    ledger.insert([asked.model_copy(update={"id": "t", "split": "test"})])
+    (note,) = method.revise(last_change(ledger, "t")).notes
+    assert note.startswith('1 texts in the words of question "t" were learnt before it came')
+
+
 def test_a_row_that_comes_twice_is_kept_once_and_a_full_disk_is_told_before(base, tmp_path, monkeypatch):
     one, two = (packed(base.tokenizer, list(pieces_of(row, ask(base), 0)), 0)[0] for row in PAGES)
     twice = keep_states(base, [one, two, one], 1, tmp_path / "twice.states")
@@ -594,8 +604,9 @@ def test_progress_is_told_of_study_and_training(base, tmp_path):
         assert sum(told) == ledger.count("document")
         parts.append(told)
     assert parts[1][0] == ledger.count("document") // 2
-    with pytest.raises(UsageError, match="studies pages, which learn=temp leaves out"):
-        memory(base, tmp_path, study=1, learn="temp")
+    for name, learn in (("study", "temp"), ("pages", "temp"), ("wordings", "doc")):
+        with pytest.raises(UsageError, match=f"memory.{name}=2: says nothing of what learn={learn} learns"):
+            memory(base, tmp_path, learn=learn, **{name: 2})
 
 
 def test_a_question_without_an_answer_is_counted(base, tmp_path):

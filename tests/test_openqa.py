@@ -89,13 +89,21 @@ def test_parquet_as_the_hub_serves_it(tmp_path):
     [
         ("{broken", "dev.jsonl:1: not JSON"),
         ('{"answer": ["x"]}', 'dev.jsonl:1: "question" is missing'),
-        ('{"question": "q", "answer": 3}', "needs a text and a list of answers"),
+        ('{"question": "q", "answer": {"text": 3}}', "needs a text and a list of answers"),
+        ('{"question": "q", "answer": ["x", null]}', "needs a text and a list of answers"),
+        ('{"question": "q", "answer": ["\\ud800"]}', "dev.jsonl:1: holds half a character"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, said):
     (tmp_path / "dev.jsonl").write_text(line + "\n")
     with pytest.raises(DataError, match=said):
         questions(nq(str(tmp_path)))
+
+
+def test_answers_that_are_numbers_are_read_as_they_are_written(tmp_path):
+    (tmp_path / "dev.jsonl").write_text('{"question": "when", "answer": [1969, "July 1969"]}\n')
+    (one,) = questions(nq(str(tmp_path)))
+    assert one.answers == ["1969", "July 1969"]
 
 
 def test_missing_data_is_named(tmp_path):

@@ -273,6 +273,7 @@ def test_terms_that_cannot_be_are_refused(tiny, tmp_path):
         ({"hard": 1}, r"prefix\.hard=1\.0: nothing is trained"),
         ({"study": 1}, "nothing is trained"),
         ({"lr": 0.1}, "nothing is trained"),
+        ({"encoder": "tokens", "rank": 8}, "nothing is trained"),
         ({"epochs": 2, "encoder": "selected"}, "nothing is trained"),
     ):
         with pytest.raises(UsageError, match=why):

@@ -157,6 +157,10 @@ def choose_device(name: str | None = None) -> torch.device:
         raise UsageError(f'--device {name}: not a device (for example "cpu" or "cuda:0")') from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: no CUDA device is there")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one too many, or of another machine
+        raise UsageError(f"--device {name}: is not there ({first_line(error)})") from None
     return device
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from byheart.report import svg
-from byheart.storage import read_card, read_json
+from byheart.storage import read_card, read_json, replacing, traced_path
 from byheart.tables import Grid, write_page
 
 # Metric, heading, and whether it is a share: what a table shows where the run has it.
@@ -22,6 +22,7 @@ MAIN = (
     ("es_accuracy", "ES acc."),
     ("ps_accuracy", "PS acc."),
     ("ns_accuracy", "NS acc."),
+    ("s_accuracy", "S acc."),
     ("efficacy", "efficacy"),
     ("paraphrase", "paraphrase"),
     ("specificity", "specificity"),
@@ -36,8 +37,10 @@ MAIN = (
     ("perplexity_drift", "perplexity"),
 )
 _SHORT = ("es", "ps", "ns", "s", "efficacy", "paraphrase", "specificity", "generated", "perplexity_drift")
-# Relations with fewer records say too little by themselves.
-_LEAST = 3
+# The name of the unedited model in a run.
+UNEDITED = "closed"
+# Facts that are named of those that were skipped for one reason.
+_NAMED = 5
 
 
 def grids(run: dict[str, Any]) -> Iterator[Grid]:
@@ -45,13 +48,17 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
     methods = run["methods"]
     shown = [(key, label) for key, label in MAIN if any(key in m["metrics"] for m in methods.values())]
     yield (
-        f"{run['benchmark']}: {run['edits']} edits at once, {run['base']['name']}; scored after all edits",
+        f"{run['benchmark']}: {run['edits']} records edited at once, {run['base']['name']}; scored after all edits",
         ["", *methods],
         [[label, *(_cell(m, key) for m in methods.values())] for key, label in shown]
+        + [["facts written", *(str(m["facts"]) if name != UNEDITED else "-" for name, m in methods.items())]]
         + [["seconds to write", *(f"{m['write_seconds']:.1f}" if m["facts"] else "-" for m in methods.values())]],
     )
+    told = [[name, note] for name, method in methods.items() for note in _notes(method)]
+    if told:
+        yield "what stands out", ["", ""], told
     if run.get("pairs"):
-        names = [name for name in methods if name != "closed"]
+        names = [name for name in methods if name != UNEDITED]
         by_metric: dict[str, dict[str, str]] = {}
         for pair in run["pairs"]:
             low, high = pair["interval"]
@@ -76,13 +83,24 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
                 [head for _, head in keys],
                 [[_cell(_with_drift(part), key) for key, _ in keys]],
             )
-        groups = {group: part for group, part in method.get("by_group", {}).items() if part["cases"] >= _LEAST}
-        if name != "closed" and len(groups) > 1:
+        groups = method.get("by_group", {})
+        if name != UNEDITED and len(groups) > 1:
             rows = [
                 [group or "-", str(part["cases"]), *(_cell(part, key) for key, _ in short)]
                 for group, part in groups.items()
             ]
             yield f"{name}: by relation", ["relation", "facts", *(label for _, label in short)], rows
+
+
+def _notes(method: dict[str, Any]) -> Iterator[str]:
+    """What a method says of its edit, and which facts it left out, a sentence a reason."""
+    by_reason: dict[str, list[str]] = {}
+    for id, why in method.get("skipped_facts", {}).items():
+        by_reason.setdefault(why, []).append(id)
+    for why, ids in by_reason.items():
+        more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
+        yield f"{len(ids)} facts skipped ({', '.join(ids[:_NAMED])}{more}): {why}"
+    yield from method.get("notes", ())
 
 
 def _with_drift(part: dict[str, Any]) -> dict[str, Any]:
@@ -101,11 +119,10 @@ def _cell(part: dict[str, Any], key: str) -> str:
     return f"{value:.{places}f}" + (f" [{interval[0]:.{places}f}, {interval[1]:.{places}f}]" if interval else "")
 
 
-def write_edit_report(folder: Path, traced: Path | None = None) -> Path:
+def write_edit_report(folder: Path) -> Path:
     """Write ``report.html`` of an editing run; it opens offline, with no other file.
 
-    Args:
-        traced: the record of a causal trace of the same model, whose heat map is shown too.
+    Where a causal trace of the same model is kept, its heat map is shown, too.
     """
     run = read_card(folder / "run.json", "methods", "benchmark", "edits", "base")
     sections: list[dict[str, Any]] = [
@@ -114,27 +131,40 @@ def write_edit_report(folder: Path, traced: Path | None = None) -> Path:
     for name, method in run["methods"].items():
         if len(method.get("curve", [])) > 1:
             sections.append({"title": f"{name}: what happens as edits are added", "svg": svg(_curve(method["curve"]))})
-    record = read_json(traced) if traced is not None and traced.is_file() else {}
+    traced = traced_path(run["base"].get("hash", ""))
+    record = read_json(traced) if traced.is_file() else {}
     if record.get("facts"):
         sections.append(heat_section(record))
     made = {key: run[key] for key in ("command", "base", "settings", "origin", "machine") if run.get(key)}
-    lead = f"{run['edits']} edits at once into {run['base']['name']}, all scored after all edits. {run['time'][:10]}."
+    lead = f"{run['edits']} records edited at once into {run['base']['name']}, all scored after all edits. "
+    lead += f"{run['time'][:10]}."
     return write_page(folder, run["benchmark"], lead, sections, made)
 
 
 def write_trace_report(folder: Path, record: dict[str, Any]) -> Path:
-    """Write ``trace.png`` and ``report.html`` of a causal trace."""
+    """Write ``report.html`` of a causal trace, and ``trace.png``; of a sweep, the ranges that were tried out."""
+    settings = {key: record[key] for key in ("model", "noise", "samples", "window", "seed")}
+    first, last = record["range"]
+    if not record["facts"]:
+        (folder / "trace.png").unlink(missing_ok=True)  # of another model
+        rows = [
+            ["{}-{}".format(*one["range"]), f"{one['held']:.3f}", f"{one['stayed']:.3f}"] for one in record["tried"]
+        ]
+        lead = f"{record['model']}: {record['how']}. Proposed for editing: layers {first}-{last}."
+        note = "A few edits a range: the share that holds behind other prefixes, and that of other facts that stay."
+        sections = [{"title": "Ranges tried out", "head": ["layers", "held", "stayed"], "rows": rows, "note": note}]
+        return write_page(folder, "Where facts are recalled", lead, sections, settings)
     import vl_convert
 
     chart = _heat(record).configure(background="white", font="sans-serif").configure_view(stroke=None)
-    (folder / "trace.png").write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=2))
+    with replacing(folder / "trace.png") as path:
+        path.write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=2))
     head = ["layer", *(f"{part}, last subject token" for part in record["parts"])]
     place = record["places"].index("last subject")
     rows = [
         [str(layer), *(_effect(record["effects"][n][place][layer]) for n in range(len(record["parts"])))]
         for layer in range(record["layers"])
     ]
-    first, last = record["range"]
     sections = [
         heat_section(record),
         {
@@ -148,7 +178,6 @@ def write_trace_report(folder: Path, record: dict[str, Any]) -> Path:
         f"{record['model']}: {record['facts']} facts that it knows. p(right answer) {record['clean']:.2f}; with the "
         f"subject corrupted {record['corrupted']:.2f}. Proposed for editing: layers {first}-{last}."
     )
-    settings = {key: record[key] for key in ("model", "noise", "samples", "window", "seed")}
     return write_page(folder, "Where facts are recalled", lead, sections, settings)
 
 

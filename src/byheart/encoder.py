@@ -169,11 +169,17 @@ def load_encoder(
     folder = model_folder(name, say)
     try:
         with quiet_transformers():
-            model = AutoModel.from_pretrained(folder, dtype=wanted, use_safetensors=True)
+            model, info = AutoModel.from_pretrained(
+                folder, dtype=wanted, use_safetensors=True, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(folder)
     # transformers raises many types for files that are wrong in many ways; each ends in the same one sentence.
     except Exception as error:
         raise DataError(f"{name}: cannot be loaded as an encoder ({first_line(error)})") from error
+    # Nothing here looks at a pooler; any other would be filled with random numbers, and every vector wrong.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise DataError(f"{name}: the weights lack {len(missing)} tensors, such as {missing[0]}")
     model.to(target).eval().requires_grad_(False)
     # RoBERTa counts positions from behind its padding's, so that it has some more than it can use.
     limit = min(getattr(model.config, "max_position_embeddings", 512), tokenizer.model_max_length)
@@ -194,6 +200,9 @@ def _settings(folder: Path, limit: int) -> dict[str, Any]:
     modules = {
         module["type"].rsplit(".", 1)[-1]: folder / module["path"] for module in read_json(folder / "modules.json")
     }
+    unknown = sorted(modules.keys() - {"Transformer", "Pooling", "Normalize"})
+    if unknown:
+        raise DataError(f"{folder}: has a {unknown[0]} behind its encoder, which byheart does not know")
     pooling = read_json(modules["Pooling"] / "config.json") if "Pooling" in modules else {}
     chosen = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True]
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}

@@ -81,6 +81,10 @@ def read_objects(path: Path, needed: Iterable[str] = ()) -> Iterator[tuple[int, 
         for key in needed:
             if key not in value:
                 raise DataError(f'{path}:{number}: "{key}" is missing')
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON can write what is no text, and nothing can store it
+            raise DataError(f"{path}:{number}: holds half a character") from None
         yield number, value
 
 

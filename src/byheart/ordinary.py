@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from byheart.base import Base
 from byheart.decode import Job, Sampling, complete
 from byheart.errors import DataError, UsageError
 from byheart.storage import home, read_json, write_json
 
-OWN = "own"
 # Tokens of a row; a row's first ones stand for the beginnings of texts.
 ROW = 128
 _TOP_K = 50
@@ -68,11 +69,6 @@ def ordinary_text(option: str, method: str, documents: Sequence[str] | None = No
     return [text]
 
 
-def text_source(texts: Sequence[str] | None) -> str:
-    """What tells texts from others: a hash, or :data:`OWN` where the model writes them."""
-    return hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:16] if texts else OWN
-
-
 def text_rows(
     base: Base, texts: Sequence[str] | None, tokens: int, seed: int, least: int | None = None
 ) -> Iterator[list[int]]:
@@ -90,6 +86,17 @@ def text_rows(
     left = (tokens if least is None else least) - taken
     if left > 0:
         yield from _written(base, -(-left // ROW), seed)
+
+
+def text_tensor(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of tokens as one tensor (rows, longest), to be kept; -1 where a row has ended."""
+    longest = max(map(len, rows), default=0)
+    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows], dtype=torch.int32).reshape(-1, longest)
+
+
+def text_rows_of(kept: Tensor) -> list[list[int]]:
+    """The rows that :func:`text_tensor` was given."""
+    return [[token for token in row if token >= 0] for row in kept.int().tolist()]
 
 
 def _written(base: Base, count: int, seed: int) -> list[list[int]]:

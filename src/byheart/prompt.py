@@ -22,6 +22,8 @@ _EXAMPLE_WORDS = 4
 # this many times as many examples as needed the shortest are kept.
 _EXAMPLE_SEGMENT = "64/32"
 _EXAMPLE_POOL = 8
+# What follows a question that has choices.
+CHOICES = "\nOptions:"
 _BETWEEN = "\n\n"
 # The common one, and those of East Asian width, Arabic, Greek and Armenian.
 _QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e", "\u055e")
@@ -142,7 +144,11 @@ def _shown(passage: Passage) -> str:
 
 
 def _asked(question: str, choices: Sequence[str] | None = None) -> str:
-    lines = [f"Question: {as_sentence(question)}", *([f"Options: {'; '.join(choices)}"] if choices else ()), "Answer:"]
+    lines = [
+        f"Question: {as_sentence(question)}",
+        *([f"{CHOICES.strip()} {'; '.join(choices)}"] if choices else ()),
+        "Answer:",
+    ]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byheart.encoder import Encoder
-from byheart.errors import DataError
+from byheart.errors import DataError, UsageError
 from byheart.index import Index
 from byheart.ledger import Change, Ledger
 from byheart.rows import Document
@@ -177,7 +177,14 @@ def index_ledger(
 
     Raises:
         DataError: where the folder holds the index of another ledger, encoder or segmentation.
+        UsageError: where windows are longer than the encoder reads.
     """
+    size, _ = parse_preset(preset)
+    if size > encoder.card.limit:
+        raise UsageError(
+            f"--segment {preset}: {encoder.card.name} reads {encoder.card.limit} tokens at once; dense search would "
+            "not see what stands behind these"
+        )
     index = Index(path, encoder.card, preset, create=True)
     # Where the index, or its unfinished build, stands in the ledger's history.
     stand = index.state("stand")

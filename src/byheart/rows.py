@@ -95,6 +95,11 @@ class Fact(_Row):
         """The fact's prompt (or one of its paraphrases) with the subject in its place."""
         return (self.prompt if prompt is None else prompt).replace(SUBJECT_PLACE, self.subject)
 
+    def placed(self, paraphrase: str) -> str | None:
+        """One of the fact's paraphrases with the subject's place in it, also where it spells the subject out."""
+        found = paraphrase if SUBJECT_PLACE in paraphrase else paraphrase.replace(self.subject, SUBJECT_PLACE, 1)
+        return found if SUBJECT_PLACE in found else None
+
 
 class Question(_Row):
     """A question with the answers that count as right (aliases of one answer, or the right ones of ``choices``).
@@ -167,12 +172,16 @@ def parse_entry(obj: Any, action: Action = "insert") -> Entry:
         source.encode()
     fields.pop("note", None)
     if chosen == "retract":
-        if not fields.get("id"):
+        id = fields.pop("id", None)
+        if id is None or id == "":
             raise ValueError("a retraction needs an id")
-        if not isinstance(fields["id"], (str, int)):
+        if not isinstance(id, (str, int)) or isinstance(id, bool):
             raise ValueError('"id" must be a text')
-        str(fields["id"]).encode()
-        return Entry("retract", kind, str(fields["id"]), None, source)
+        unknown = fields.keys() - MODELS[kind].model_fields.keys()
+        if unknown:
+            raise ValueError(f'"{min(unknown)}": unknown field')
+        str(id).encode()
+        return Entry("retract", kind, str(id), None, source)
     if "id" not in fields:
         if chosen == "revise":
             raise ValueError("a revision needs the id of the row it replaces")

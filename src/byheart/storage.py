@@ -35,6 +35,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def traced_path(model: str) -> Path:
+    """Where ``byheart trace`` keeps what it found for a model of this hash."""
+    return home() / "trace" / f"{model}.json"
+
+
 def fingerprint(*parts: Any) -> str:
     """A hash of what kept work depends on: it is only picked up where the hash is the same."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -46,6 +46,12 @@ _OVERLAP = {
     "neighbourhood": "specificity",
     "portability": "portability",
 }
+# Harmonic means of three. A magnitude, being a difference, can be below zero and has none.
+_TOGETHER = {
+    "s": ("es", "ps", "ns"),
+    "s_accuracy": ("es_accuracy", "ps_accuracy", "ns_accuracy"),
+    "s_overlap": ("efficacy", "paraphrase", "specificity"),
+}
 PAIRED = (*_SUCCESS.values(), *_OVERLAP.values(), "generated", "leak", "leak_subject", "leak_reworded", "ge")
 
 
@@ -113,7 +119,7 @@ def run_editing(
             )
         write_json(out / "run.json", run)  # what is done is kept, whatever comes next
     run["pairs"] = _pairs(rows, settings.seed)
-    run["unmeasured"] = [] if any(case.references for case in cases) else ["rs: no reference texts were given"]
+    run["unmeasured"] = list(_unmeasured(cases, rows[UNEDITED], plan.texts))
     write_json(out / "run.json", run)
     lines = (
         json.dumps({"method": name, "case": case.fact.id, "group": case.group} | row, ensure_ascii=False) + "\n"
@@ -122,6 +128,19 @@ def run_editing(
     )
     write_text(out / "answers.jsonl", "".join(lines))
     return run
+
+
+def _unmeasured(cases: Sequence[Case], rows: Sequence[dict[str, Any]], texts: int) -> Iterator[str]:
+    """Metrics of texts that were not measured, each with the reason."""
+    if not texts:
+        why = "no texts are written (--texts 0)"
+    elif not any(case.generate for case in cases):
+        why = "the records have no prompts to write on from"
+    else:
+        why = "no reference texts about these objects were given (--references)"
+    for metric in ("ge", "rs"):
+        if not any(metric in row["metrics"] for row in rows):
+            yield f"{metric.upper()}: {why}"
 
 
 def _learn(method: Method, cases: Sequence[Case], out: Path, show: Silent) -> LearnReport:
@@ -255,7 +274,7 @@ def _text_metrics(
 
 
 def summarise(rows: Sequence[dict[str, Any]], report: LearnReport, seed: int) -> dict[str, Any]:
-    """Means over cases with 95 % intervals; ``s`` is the harmonic mean of ``es``, ``ps`` and ``ns``."""
+    """Means over cases with 95 % intervals, among them those of :data:`_TOGETHER`."""
     metrics, intervals = _means([row["metrics"] for row in rows], seed)
     return {
         "metrics": metrics,
@@ -283,10 +302,11 @@ def by_group(cases: Sequence[Case], rows: Sequence[dict[str, Any]], seed: int) -
 
 def _means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
     metrics, intervals = means(rows, seed)
-    for parts in (("es", "ps", "ns"), ("efficacy", "paraphrase", "specificity")):
-        if whole := [[row[name] for name in parts] for row in rows if set(parts) <= row.keys()]:
-            metrics["s"] = harmonic_mean([metrics[name] for name in parts])
-            intervals["s"] = _s_interval(whole, seed)
+    for name, parts in _TOGETHER.items():
+        if whole := [[row[part] for part in parts] for row in rows if set(parts) <= row.keys()]:
+            name = name.removesuffix("_overlap")
+            metrics[name] = harmonic_mean(np.mean(whole, 0).tolist())
+            intervals[name] = _s_interval(whole, seed)
     return metrics, intervals
 
 

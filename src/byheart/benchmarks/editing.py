@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,13 +86,13 @@ def _counterfact_case(path: Path, number: int, row: dict[str, Any], texts: dict[
         new, true = _target(edit["target_new"]["str"]), _target(edit["target_true"]["str"])
         fact = _fact(f"cf-{row['case_id']}", edit["subject"], edit["prompt"], new, true)
         probes = [Probe("edit", fact.filled(), new, true)]
-        probes += [Probe("paraphrase", prompt, new, true) for prompt in row.get("paraphrase_prompts", [])]
-        probes += [Probe("neighbourhood", prompt, true, new) for prompt in row.get("neighborhood_prompts", [])]
+        probes += [Probe("paraphrase", prompt, new, true) for prompt in _texts(row, "paraphrase_prompts")]
+        probes += [Probe("neighbourhood", prompt, true, new) for prompt in _texts(row, "neighborhood_prompts")]
         return Case(
             fact,
             tuple(probes),
             edit.get("relation_id") or "",
-            tuple(dict.fromkeys(row.get("generation_prompts", []))),
+            tuple(dict.fromkeys(_texts(row, "generation_prompts"))),
             texts.get(new, ()),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -117,13 +118,13 @@ def _zsre_case(path: Path, number: int, row: dict[str, Any]) -> Case:
         fact = _fact(f"zsre-{number}", subject, prompt, _target(row["alt"]), None)
         probes = [Probe("edit", fact.filled(), fact.object)]
         if row.get("rephrase"):
-            probes.append(Probe("paraphrase", row["rephrase"], fact.object))
+            probes.append(Probe("paraphrase", _text(row, "rephrase"), fact.object))
         if row.get("loc") and row.get("loc_ans"):
             # The published prompt: the question behind its mark, with a question mark.
-            probes.append(Probe("neighbourhood", row["loc"] + "?", _target(row["loc_ans"])))
+            probes.append(Probe("neighbourhood", _text(row, "loc") + "?", _text(row, "loc_ans").strip()))
         port = row.get("portability") or {}
         if port.get("New Question") and port.get("New Answer"):
-            probes.append(Probe("portability", port["New Question"], _target(port["New Answer"])))
+            probes.append(Probe("portability", _text(port, "New Question"), _text(port, "New Answer").strip()))
         return Case(fact, tuple(probes))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}:{number}: not a zsRE record ({error!r})") from None
@@ -135,13 +136,15 @@ def question_cases(path: Path) -> Records:
     Reads JSON lines with ``title``, ``question`` and ``answers`` (SQuAD's form flattened, or a ledger's questions
     joined with their pages). Questions that do not name their title have no subject to edit and are left out.
     """
-    return _records(path, ("title", "question"), _question_case)
+    return _records(path, ("title", "question"), lambda number, row: _question_case(path, number, row))
 
 
-def _question_case(number: int, row: dict[str, Any]) -> Case:
+def _question_case(path: Path, number: int, row: dict[str, Any]) -> Case:
     title, answers = str(row["title"]).replace("_", " "), row.get("answers") or []
     answers = answers.get("text", []) if isinstance(answers, dict) else answers
     answers = [answers] if isinstance(answers, str) else answers
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise DataError(f'{path}:{number}: "answers" must be texts')
     question = str(row["question"]).strip()
     named = re.search(rf"(?<!\w){re.escape(title)}(?!\w)", question, re.IGNORECASE) if title else None
     if named is None or SUBJECT_PLACE in question:
@@ -150,7 +153,7 @@ def _question_case(number: int, row: dict[str, Any]) -> Case:
         raise _Unusable("the question has no answer")
     # The subject as the question spells it: Natural Questions writes everything small.
     prompt = question[: named.start()] + SUBJECT_PLACE + question[named.end() :]
-    fact = _fact(f"question-{number}", named.group(), prompt, _target(str(answers[0])), None)
+    fact = _fact(f"question-{number}", named.group(), prompt, _target(answers[0]), None)
     return Case(fact, (Probe("edit", fact.filled(), fact.object),), "questions")
 
 
@@ -219,9 +222,15 @@ def crossed(cases: Sequence[Case], seed: int) -> list[Crossing]:
 
 def _records(path: Path, needed: Iterable[str], make: Callable[[int, dict[str, Any]], Case]) -> Records:
     records = Records([])
+    seen: Counter[str] = Counter()
     for number, row in read_objects(path, needed):
         try:
-            records.cases.append(make(number, row))
+            case = make(number, row)
+            seen[case.fact.id] += 1
+            if (again := seen[case.fact.id]) > 1:  # two files put together, say; told apart, each is looked at
+                fact = case.fact.model_copy(update={"id": f"{case.fact.id}#{again}"})
+                case = replace(case, fact=fact)
+            records.cases.append(case)
         except _Unusable as why:
             records.left_out[f"{path.name}:{number}"] = str(why)
     if not records.cases:
@@ -232,7 +241,23 @@ def _records(path: Path, needed: Iterable[str], make: Callable[[int, dict[str, A
 
 def _target(text: Any) -> Any:
     """As it is learnt: some rows of zsRE have a space before their targets, which would be another first token."""
+    if text is None:
+        raise _Unusable("there is no target")
     return text.strip() if isinstance(text, str) else text
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    if not isinstance(row[name], str):
+        raise TypeError(f'"{name}" must be a text')
+    text: str = row[name]
+    return text
+
+
+def _texts(row: dict[str, Any], name: str) -> list[str]:
+    found = row.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise TypeError(f'"{name}" must be a list of texts')
+    return found
 
 
 def _fact(id: str, subject: str, prompt: str, new: str, true: str | None) -> Fact:

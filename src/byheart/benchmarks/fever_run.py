@@ -90,6 +90,7 @@ def run_fever(
     """
     show = progress or Silent()
     out.mkdir(parents=True, exist_ok=True)
+    Memory(base, settings, out)  # what it refuses is told now, not once the plain model has been asked
     asked, learnt = fever.part("validation"), fever.part("train")
     run = run_record(base, settings, origin) | {
         "benchmark": "FEVER",

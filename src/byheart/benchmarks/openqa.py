@@ -164,8 +164,10 @@ def _with_datasets(source: Any) -> Iterator[tuple[dict[str, Any], Split]]:
 def _question(name: str, source: Any, row: dict[str, Any], split: Split) -> Question:
     text = row.get("question")
     answers = row.get("answers", row.get("answer"))
-    answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(text, str) or not text.strip() or not isinstance(answers, list):
+    answers = answers if isinstance(answers, list) else [answers]
+    # Years and other numbers are written as such in some copies.
+    answers = [str(one) if isinstance(one, (int, float)) and not isinstance(one, bool) else one for one in answers]
+    if not isinstance(text, str) or not text.strip() or not all(isinstance(one, str) for one in answers):
         raise DataError(f"{source}: a question needs a text and a list of answers: {json.dumps(row)[:120]}")
     gold = row.get("gold_pid")
     return Question(
@@ -173,7 +175,7 @@ def _question(name: str, source: Any, row: dict[str, Any], split: Split) -> Ques
         if row.get("id") is not None and gold is not None
         else content_id("q", split, text),
         question=text.strip(),
-        answers=[a for a in answers if isinstance(a, str) and a.strip()],
+        answers=[answer for answer in answers if answer.strip()],
         documents=[] if gold is None else [str(gold)],
         split=split,
     )

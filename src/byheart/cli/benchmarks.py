@@ -245,7 +245,7 @@ def _bench_fever(
     as_json: AsJson = False,
 ) -> None:
     """FEVER: does a memory of pages, of claims, or of both help to tell true claims from false ones?"""
-    from byheart.base import load_base
+    from byheart.base import load_base, model_folder
     from byheart.benchmarks.fever import load_fever
     from byheart.benchmarks.fever_run import VARIANTS, Plan, run_fever
     from byheart.fever_report import grids, join_fever_runs, write_fever_report
@@ -268,11 +268,14 @@ def _bench_fever(
     bases = list(dict.fromkeys(name.strip() for name in base.split(",") if name.strip()))
     if not bases:
         raise UsageError("--base: names no language model")
-    parts = [Path(name).name for name in bases]
+    parts = [(Path(name).resolve() if Path(name).is_dir() else Path(name)).name for name in bases]
     if len({*parts}) < len(parts):
         raise UsageError(f"--base {base}: two models of one name would write into one folder")
     fever = load_fever(data, top=pages, how=split, seed=seed, limit=limit)  # type: ignore[arg-type]
     show = Terminal()
+    for name in bases if len(bases) > 1 else ():  # a misspelt one is told before hours with the first
+        if not name.endswith(".gguf"):
+            model_folder(name, show.say)
     numbers, seen = _shots(shots), range(seed, seed + seeds)
     origin = {"data": str(data), "split": split, "limit": limit}
     runs = []
@@ -326,7 +329,6 @@ def _edit_bench(
     from byheart.compare import drawn
     from byheart.edit_report import grids, write_edit_report
     from byheart.methods import BASELINES
-    from byheart.methods.edit.layers import traced_path
     from byheart.progress import Terminal
 
     names = parse_method_names(methods, options)
@@ -355,7 +357,7 @@ def _edit_bench(
         print(json.dumps(run, ensure_ascii=False, indent=2))
     else:
         print_grids(grids(run))
-    show.say(f"report: {write_edit_report(out, traced_path(model))}")
+    show.say(f"report: {write_edit_report(out)}")
 
 
 def _question_sets(path: Path | None) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from byheart.cli.options import (
+    WIDE,
     AsJson,
     BaseName,
     BleurtName,
@@ -120,7 +121,7 @@ def run_comparison(
         from rich.console import Console
 
         # Not a terminal: wide enough that no figure is cut.
-        Console(width=None if sys.stdout.isatty() else 200).print(summary_table(run))
+        Console(width=None if sys.stdout.isatty() else WIDE).print(summary_table(run))
         for remark in remarks(run):
             print(remark)
         example = before_after(out)

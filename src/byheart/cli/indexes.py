@@ -21,7 +21,7 @@ from byheart.cli.options import (
     emit,
     parse_mode,
 )
-from byheart.errors import DataError
+from byheart.errors import DataError, UsageError
 
 app = typer.Typer(help="A searchable index of a ledger's documents.", no_args_is_help=True)
 
@@ -46,7 +46,7 @@ def _index_build(
     from byheart.retrieve import index_ledger
 
     show = Terminal()
-    loaded = load_encoder(encoder, device=device, dtype=dtype, say=show.say)
+    loaded = load_encoder(encoder, device=device, dtype=_unpacked(dtype), say=show.say)
     with Ledger(ledger) as opened, show.bar("documents", opened.count("document")) as tick:
         index = index_ledger(opened, out, loaded, segment, on_done=tick)
     emit(_index_record(index), as_json, f"{out}: {len(index)} passages of {index.documents} documents")
@@ -98,7 +98,7 @@ def _index_search(
 
     mode = parse_mode(retriever)
     found = Index.open(index)
-    loaded = load_encoder(found.card.name, device=device, dtype=dtype)
+    loaded = load_encoder(found.card.name, device=device, dtype=_unpacked(dtype))
     (hits,) = Retriever(Index(index, loaded.card, found.segment), loaded, mode).retrieve([question], k)
     if as_json:
         print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False, indent=2))
@@ -129,3 +129,9 @@ def _index_record(index: Any) -> dict[str, Any]:
 
 
 # -- shared --------------------------------------------------------------------------------------------------
+
+
+def _unpacked(dtype: str | None) -> str | None:
+    if dtype == "int8":
+        raise UsageError("--dtype int8: packs language models alone, and no encoder")
+    return dtype

@@ -170,11 +170,12 @@ def _trace(
     record = trace_base(model, facts, limit or 40, samples, window, seed, show)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "trace.json", record)
-    page = write_trace_report(out, record) if record["facts"] else None
+    page = write_trace_report(out, record)
     first, last = record["range"]
     emit(record, as_json, f"layers {first}-{last} ({record['how']})")
-    if page:
-        show.say(f"heat map: {out / 'trace.png'}\nreport: {page}")
+    if record["facts"]:
+        show.say(f"heat map: {out / 'trace.png'}")
+    show.say(f"report: {page}")
 
 
 Learnt = Annotated[Path, typer.Argument(metavar="DIR", help="What `byheart learn` wrote.", show_default=False)]

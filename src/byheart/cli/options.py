@@ -149,12 +149,16 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+# Columns where stdout is no terminal: no line is as long, and none is cut.
+WIDE = 10_000
+
+
 def print_grids(grids: Iterable[Grid]) -> None:
     """Tables on stdout; where it is no terminal, wide enough that no figure is cut."""
     from rich.console import Console
 
     from byheart.tables import terminal_table
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     for grid in grids:
         console.print(terminal_table(grid))

@@ -21,14 +21,14 @@ from byheart.blocks import Stretch
 from byheart.decode import batches
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
-from byheart.methods.edit.covariance import second_moments, token_counts
+from byheart.methods.edit.covariance import moment_rows, second_moments
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, Deltas, changed_by, delta_bytes, stacked
 from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.methods.facts import choose_facts
-from byheart.ordinary import ordinary_text
+from byheart.ordinary import ordinary_text, text_rows_of, text_tensor
 from byheart.padding import right_padded
 from byheart.rows import Fact
 from byheart.surgery import add_to, matrix, out_first
@@ -190,18 +190,24 @@ class Rome(Baseline):
         self.options = parse_options(RomeOptions, self.name, settings.options)
         layers = choose_layers(base, self.options.layers, self.name)
         self.layer = layers[len(layers) // 2]
-        self.documents: list[str] | None = None
+        self.rows: list[list[int]] = []
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
-        """Write all facts of the ledger that hold; keeps its documents where they are the text for C."""
-        if self.options.text == "ledger":
-            self.documents = [document.text for document in ledger.documents()]
+        """Write all facts of the ledger that hold; keeps the text for C."""
+        documents = [document.text for document in ledger.documents()] if self.options.text == "ledger" else None
+        texts = ordinary_text(self.options.text, self.name, documents)
+        self.rows = moment_rows(self.base, texts, self.options.tokens, self.settings.seed)
         return super().learn(ledger, progress)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return super()._tensors() | {"text": text_tensor(self.rows)}
+
+    def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super()._load(record, tensors)
+        self.rows = text_rows_of(tensors["text"])
+
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
-        texts = ordinary_text(self.options.text, self.name, self.documents)
-        tokens = token_counts(self.base, self.options.tokens)
-        moments = second_moments(self.base, [self.layer], texts, tokens, self.settings.seed)
+        moments = second_moments(self.base, [self.layer], self.rows)
         writer = Writer(self.base, moments, WriteOptions(constraint="equality"))
         deltas: Deltas = {}
         for one in prepared:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Stretch
-from byheart.decode import Job, complete
+from byheart.decode import Job, complete, option_ids
 from byheart.methods.edit.layers import WIDTH
-from byheart.methods.edit.prompts import find_lookup, prompt_text, tokenize
+from byheart.methods.edit.prompts import find_lookup, prompt_text, target_text, tokenize
 from byheart.rows import SUBJECT_PLACE, Fact
-from byheart.score import begins
 from byheart.surgery import altered, observed
 
 Part = Literal["hidden", "mlp", "attention"]
@@ -45,9 +44,9 @@ class Traced:
 
 
 def known_facts(base: Base, facts: Sequence[Fact]) -> list[Fact]:
-    """The facts whose object the model says by itself, greedily, right after the prompt."""
-    done = complete(base, [Job(prompt_text(fact)) for fact in facts], max_new_tokens=8)
-    return [fact for fact, one in zip(facts, done, strict=True) if begins(one.text, fact.object)]
+    """The facts whose object the model says by itself right after the prompt: each of its tokens is the likeliest."""
+    done = complete(base, [Job(prompt_text(fact), (target_text(fact),)) for fact in facts], max_new_tokens=0)
+    return [fact for fact, one in zip(facts, done, strict=True) if one.hits[0] == 1]
 
 
 def trace(
@@ -90,6 +89,7 @@ class _Subject:
     ids: Tensor
     first: int
     last: int
+    token: int  # the object's first
 
     @classmethod
     def find(cls, base: Base, fact: Fact) -> _Subject | None:
@@ -100,7 +100,8 @@ class _Subject:
         first = find_lookup(base.tokenizer, text, start + 1, ids, offsets)
         if first is None or last is None:
             return None
-        return cls(fact, torch.tensor(ids, device=base.device), first, last)
+        token = option_ids(base.tokenizer, text, list(ids), target_text(fact))[0]
+        return cls(fact, torch.tensor(ids, device=base.device), first, last, token)
 
     def places(self) -> list[int | None]:
         """The token of each of :data:`PLACES`; None where there is none."""
@@ -154,8 +155,7 @@ def _trace_one(base: Base, row: _Subject, samples: int, window: int, sigma: floa
     # The first block's own input: some models scale embeddings or add positions to them, so noise goes in as a change.
     start = stretch.hidden[:1]
     clean = states(start)
-    clean_row = answer(clean["hidden"][-1])
-    token = int(clean_row.argmax())
+    token = row.token
     corrupted_start = start.repeat(samples, 1, 1) + scale * (noisy - embeddings)
     corrupted = states(corrupted_start)
     low = float(answer(corrupted["hidden"][-1])[:, token].mean())
@@ -189,7 +189,7 @@ def _trace_one(base: Base, row: _Subject, samples: int, window: int, sigma: floa
             raised = answer(out)[:, token].view(len(places), samples).mean(1) - low
             for (place, _), value in zip(places, raised.tolist(), strict=True):
                 effect[number, place, layer] = value
-    return Traced(row.fact, float(clean_row[0, token]), low, effect)
+    return Traced(row.fact, float(answer(clean["hidden"][-1])[0, token]), low, effect)
 
 
 def _embedding_scale(base: Base) -> float:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from byheart.attention import fast_attention
 from byheart.base import Base, for_device
-from byheart.errors import DataError
-from byheart.ordinary import OWN, text_rows, text_source
+from byheart.ordinary import text_rows
 from byheart.padding import right_padded
-from byheart.storage import home, replacing
+from byheart.storage import fingerprint, home, replacing
 from byheart.surgery import observed, stopped_at
 
 # Rows of text at once; each lot is added up on the CPU, in fp64.
@@ -24,45 +23,32 @@ _ROWS = {"cpu": 16, "cuda": 256}
 _LEAST, _MOST = 10, 200
 
 
-def second_moments(
-    base: Base,
-    layers: Sequence[int],
-    texts: Sequence[str] | None,
-    tokens: tuple[int, int],
-    seed: int = 0,
-    *,
-    source: str | None = None,
-) -> dict[int, Tensor]:
-    """C (d_ff, d_ff) in fp64 of each layer's MLP output projection's input, over ordinary text.
+def second_moments(base: Base, layers: Sequence[int], rows: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+    """C (d_ff, d_ff) in fp64 of each layer's MLP output projection's input, over rows of ordinary text.
 
-    Computed once a model, text and number, and kept in byheart's cache folder.
-
-    Args:
-        texts: ordinary text; None lets the model write it.
-        tokens: how many to take at most, and at least: what is short of that is written by the model, too.
-        source: what :func:`text_source` gave for the texts, where they are no longer at hand themselves.
-
-    Raises:
-        DataError: where the texts are not at hand, and nothing of them is kept.
+    Computed once a model and text, and kept in byheart's cache folder.
     """
-    source = source or text_source(texts)
     folder = home() / "covariance" / base.hash
-    most, least = tokens
-    name = f"{source}-{least}-{most}-{seed}-{str(base.dtype).removeprefix('torch.')}"
+    name = f"{fingerprint(rows)}-{str(base.dtype).removeprefix('torch.')}"
     found = {layer: _read(folder / f"{name}-{layer}.safetensors") for layer in layers}
     missing = [layer for layer, moment in found.items() if moment is None]
-    if missing:
-        if texts is None and source != OWN:
-            raise DataError(
-                "edit: the second moment of this edit's text is no longer kept; learn from the ledger again"
-            )
-        rows = list(text_rows(base, texts, most, seed, least))
-        for layer, moment in moments_of(base, missing, rows).items():
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / f"{name}-{layer}.safetensors") as path:
-                save_file({"moment": moment.float()}, path)
-            found[layer] = moment.float()
+    for layer, moment in moments_of(base, missing, rows).items() if missing else ():
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / f"{name}-{layer}.safetensors") as path:
+            save_file({"moment": moment.float()}, path)
+        found[layer] = moment.float()
     return {layer: moment.double() for layer, moment in found.items() if moment is not None}
+
+
+def moment_rows(base: Base, texts: Sequence[str] | None, option: int, seed: int) -> list[list[int]]:
+    """The rows of tokens that second moments are over: of ``texts``, and what is short of them the model writes.
+
+    Args:
+        texts: ordinary text; None lets the model write all of it.
+        option: as :func:`token_counts` takes it.
+    """
+    most, least = token_counts(base, option)
+    return list(text_rows(base, texts, most, seed, least))
 
 
 def token_counts(base: Base, option: int) -> tuple[int, int]:

@@ -126,4 +126,6 @@ def drift_notes(before: Standing, after: Standing, max_perplexity: float, max_ne
     if before.neighbours is not None and after.neighbours is not None:
         said += f", right about neighbours {before.neighbours:.3f} -> {after.neighbours:.3f}"
         within = within and before.neighbours - after.neighbours <= max_neighbours
+    else:
+        said += ", neighbours not measured: the facts name none with an object"
     return said, within

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from byheart.base import Base
 from byheart.errors import UsageError
-from byheart.storage import home, read_card, write_json
+from byheart.storage import read_card, traced_path, write_json
 
 # Where nothing was measured: six layers from a ninth of the depth on, where causal tracing put them in most models
 # (GPT-J: 3-8 of 28).
@@ -27,7 +25,7 @@ def choose_layers(base: Base, text: str, method: str = "edit") -> tuple[int, ...
             raise UsageError(f"--set {method}.layers={text}: must be FIRST-LAST, such as 3-7, or auto")
         start, end = int(first), int(last or first)
     else:
-        path = traced_path(base)
+        path = traced_path(base.hash)
         if path.is_file():
             start, end = read_card(path, "range")["range"]
         else:
@@ -40,11 +38,6 @@ def choose_layers(base: Base, text: str, method: str = "edit") -> tuple[int, ...
     return tuple(range(start, end + 1))
 
 
-def traced_path(base: Base) -> Path:
-    """Where ``byheart trace`` keeps the range that it found for a model."""
-    return home() / "trace" / f"{base.hash}.json"
-
-
 def keep_range(base: Base, first: int, last: int, record: dict[str, object]) -> None:
     """Keep the range that was measured for a model, for :func:`choose_layers`."""
-    write_json(traced_path(base), {"range": [first, last], "model": base.name} | record)
+    write_json(traced_path(base.hash), {"range": [first, last], "model": base.name} | record)

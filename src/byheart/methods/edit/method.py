@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from byheart.errors import DataError, UsageError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.edit import guard
-from byheart.methods.edit.covariance import second_moments, token_counts
+from byheart.methods.edit.covariance import moment_rows, second_moments
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.others import about_others, names_in
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
@@ -31,12 +31,16 @@ from byheart.methods.edit.targets import SHARED_VERSION, TargetOptions, find_tar
 from byheart.methods.edit.weights import ChangedWeights, changed_by, delta_bytes, stacked
 from byheart.methods.edit.write import Reader, WriteOptions, Writer, Written
 from byheart.methods.facts import choose_facts
-from byheart.ordinary import ordinary_text, text_rows, text_source
+from byheart.ordinary import ordinary_text, text_rows_of, text_tensor
 from byheart.progress import scaled
 from byheart.rows import Fact
 from byheart.storage import fingerprint, replacing
 
 _REFUSED = "rolled back by the gate"
+_ANEW = (
+    "sequence=accumulate: what comes changes what is there (a change that is shared, a fact that is contradicted), so "
+    "that all facts were solved anew, together"
+)
 # Options that folders from before may name.
 _GONE = ("rounds", "settle_temperature")
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
@@ -117,8 +121,8 @@ class Edit(ChangedWeights):
         self.names: list[str] = []
         self.keys: dict[int, Tensor] = {}
         self.prefixes: tuple[str, ...] = ()
-        self._source = ""  # of the second moment's text
-        self._texts: Sequence[str] | None = None
+        self.rows: list[list[int]] = []  # of the second moment's text
+        self._source = ""  # what tells them from others
         self._writer: Writer | None = None
         self._earlier: dict[str, float] = {}  # by file of targets, the seconds that earlier runs took for it
 
@@ -139,9 +143,13 @@ class Edit(ChangedWeights):
     def _begin(self, ledger: Ledger) -> None:
         """The text of the second moment, and the texts that prompts stand behind."""
         documents = [document.text for document in ledger.documents()] if self.options.text == "ledger" else None
-        self._texts = ordinary_text(self.options.text, self.name, documents)
-        self._source = text_source(self._texts)
+        texts = ordinary_text(self.options.text, self.name, documents)
+        self._take(moment_rows(self.base, texts, self.options.tokens, self.settings.seed))
         self.prefixes = self.prefixes or make_prefixes(self.base, self.options.prefixes, self.settings.seed)
+
+    def _take(self, rows: list[list[int]]) -> None:
+        self.rows, self._source, self._writer = rows, fingerprint(rows), None
+        self.text = text_pieces(rows[:_TEXT])
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
         """Write all facts of the ledger that hold."""
@@ -149,12 +157,9 @@ class Edit(ChangedWeights):
         began = time.perf_counter()
         self._begin(ledger)
         if self.options.settle or self._beside:
-            most, least = token_counts(self.base, self.options.tokens)
-            rows = list(islice(text_rows(self.base, self._texts, most, self.settings.seed, least), _NAMED))
-            self.text = text_pieces(rows[:_TEXT])
-            self.names = names_in(map(self.base.tokenizer.decode, rows), _NAMES, self.settings.seed)
+            self.names = names_in(map(self.base.tokenizer.decode, self.rows[:_NAMED]), _NAMES, self.settings.seed)
         self.holding, self.facts, self.keys, self.deltas = [], [], {}, {}
-        self.skipped, self._writer, self._earlier = {}, None, {}
+        self.skipped, self._earlier = {}, {}
         self.z, self.shifts = self.z[:0], self.shifts[:0]
         facts = list(ledger.facts())
         notes: list[str] = []
@@ -214,6 +219,7 @@ class Edit(ChangedWeights):
                 known = dict(takewhile(lambda item: item[0] in marks, known.items()))
             new = {mark: one for mark, one in zip(marks, prepared, strict=True) if mark not in known}
             progress = scaled(progress, 1 + self.options.settle, 1)
+            anew = self.options.sequence == "accumulate" and bool(self.facts) and bool(new) and not added
             if added:
                 self._accumulate(list(new.values()), progress)
             else:
@@ -229,7 +235,8 @@ class Edit(ChangedWeights):
             refused = {id: why for id, why in self.skipped.items() if why == _REFUSED and id not in there}
             self.holding, self.skipped = list(holding), refused | skipped | more
             had = {fact.id: fact for fact in before["facts"]}
-            return self._guarded(before, [one.fact for one in new.values() if had.get(one.fact.id) != one.fact])
+            notes = self._guarded(before, [one.fact for one in new.values() if had.get(one.fact.id) != one.fact])
+            return (_ANEW, *notes) if anew else notes
         except BaseException:
             vars(self).update(before)
             raise
@@ -305,9 +312,8 @@ class Edit(ChangedWeights):
     def _standing(self, facts: Sequence[Fact], z: Tensor, shifts: Tensor) -> list[Any]:
         """What a model with these facts written follows from, besides what targets depend on anyway."""
         written = {name: getattr(self.options, name) for name in WriteOptions.__dataclass_fields__}
-        text = [self._source, self.options.tokens, self.settings.seed]
         told = [f.model_dump_json() for f in facts]
-        return [told, digest_of([z, shifts]), written, self.options.merge, self.layers, text]
+        return [told, digest_of([z, shifts]), written, self.options.merge, self.layers, self._source]
 
     def _marks(self, facts: Sequence[Fact]) -> list[str]:
         """What each fact's target depends on: the fact, and those that share a change with it."""
@@ -408,11 +414,7 @@ class Edit(ChangedWeights):
     def _ready(self) -> Writer:
         """The writer, with the base's second moments; made once."""
         if self._writer is None:
-            tokens = token_counts(self.base, self.options.tokens)
-            moments = second_moments(
-                self.base, self.layers, self._texts, tokens, self.settings.seed, source=self._source
-            )
-            self._writer = Writer(self.base, moments, self.options)
+            self._writer = Writer(self.base, second_moments(self.base, self.layers, self.rows), self.options)
         return self._writer
 
     def _groups(self, facts: Sequence[Fact]) -> list[int]:
@@ -437,15 +439,14 @@ class Edit(ChangedWeights):
     # -- keeping ---------------------------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"z": self.z, "shifts": self.shifts} | {f"keys.{layer}": keys for layer, keys in self.keys.items()}
+        kept = {"z": self.z, "shifts": self.shifts, "text": text_tensor(self.rows)}
+        return kept | {f"keys.{layer}": keys for layer, keys in self.keys.items()}
 
     def _record(self) -> dict[str, Any]:
         return {
             "options": asdict(self.options),
             "range": list(self.layers),
             "prefixes": list(self.prefixes),
-            "source": self._source,
-            "text": self.text,
             "names": self.names,
         } | super()._record()
 
@@ -456,11 +457,10 @@ class Edit(ChangedWeights):
         self.options = EditOptions(**{name: value for name, value in made_with.items() if name not in _GONE})
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])
-        self._source = record["source"]
         super()._load(record, tensors)
+        self._take(text_rows_of(tensors["text"]))
         self.z = tensors["z"]
         self.shifts = tensors.get("shifts", self._unshifted(len(self.z)))
-        self.text = record.get("text", [])
         self.names = record.get("names", [])
         self.keys = {layer: tensors[f"keys.{layer}"] for layer in record["layers"]}
 

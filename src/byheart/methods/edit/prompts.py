@@ -100,7 +100,7 @@ def prepare(
     ends: list[int] = []  # where the subject ends, in characters
     counts: list[int] = []
     for fact in facts:
-        more = [p for p in fact.paraphrases if SUBJECT_PLACE in p and p != fact.prompt] if paraphrases else []
+        more = [p for p in map(fact.placed, fact.paraphrases) if p and p != fact.prompt] if paraphrases else []
         templates = [*((prefix, fact.prompt) for prefix in ("", *prefixes)), *(("", p) for p in more)]
         for prefix, template in (*templates, ("", f"{SUBJECT_PLACE} is a")):
             texts.append(prefix + prompt_text(fact, template))

@@ -8,7 +8,7 @@ from typing import Any
 from byheart.base import Base
 from byheart.decode import Job, complete
 from byheart.methods.edit.common_facts import common_facts
-from byheart.methods.edit.covariance import second_moments, token_counts
+from byheart.methods.edit.covariance import moment_rows, second_moments
 from byheart.methods.edit.layers import WIDTH
 from byheart.methods.edit.prompts import make_prefixes, prepare, prompt_text, target_text
 from byheart.methods.edit.targets import TargetOptions, find_targets
@@ -48,7 +48,7 @@ def sweep(base: Base, facts: Sequence[Fact], seed: int, show: Silent) -> tuple[i
         for first, last in ranges:
             layers = range(first, last + 1)
             z = find_targets(base, prepared, last, TargetOptions()).z
-            moments = second_moments(base, layers, None, token_counts(base, 2), seed)
+            moments = second_moments(base, layers, moment_rows(base, None, 2, seed))
             deltas = Writer(base, moments, WriteOptions()).write(prepared, z).deltas
             with changed_by(base, deltas):
                 held = _likelier(base, edits, prefixes[2:])

@@ -84,6 +84,8 @@ def read_facts(path: Path) -> list[Fact]:
         if template.count(SUBJECT_PLACE) != 1:
             raise DataError(f"{path}:{number}: the prompt does not hold its subject {subject!r}")
         found.append(Fact(id=content_id("known", template, subject), subject=subject, prompt=template, object=object))
+    if not found:
+        raise DataError(f"{path}: holds no facts")
     return found
 
 

@@ -49,7 +49,7 @@ from byheart.methods.memory.study import study
 from byheart.ordinary import ordinary_text, text_rows
 from byheart.peft_layout import CONFIG, PREFIX, TENSORS, lora_config, path_of
 from byheart.progress import scaled
-from byheart.prompt import PromptFormat
+from byheart.prompt import CHOICES, PromptFormat
 from byheart.rows import Document, Fact, Kind, Question
 from byheart.rows import Row as LedgerRow
 from byheart.segment import Passage, segment
@@ -57,6 +57,8 @@ from byheart.storage import check_room, fingerprint, read_json, resumed, write_j
 from byheart.training import Orders, Recipe, Trained, train
 
 _PIECES = "pieces.jsonl"
+# In the place of a question, to see what stands around one; no text has it.
+_PLACE = "\ue000"
 _FACTS = "facts.jsonl"
 # Passages whose study is on disk before the next ones are studied.
 _AT_ONCE = 64
@@ -121,9 +123,12 @@ class Memory(Closed):
         for name in ("width", "epochs", "batch", "packings", "pages", "revise_epochs"):
             if getattr(self.options, name) < 1:
                 raise UsageError(f"--set memory.{name}={getattr(self.options, name)}: must be at least 1")
-        if self.options.learn == "temp":
-            if self.options.study:
-                raise UsageError(f"--set memory.study={self.options.study}: studies pages, which learn=temp leaves out")
+        learn = self.options.learn
+        for name, alone in (("study", "temp"), ("pages", "temp"), ("wordings", "doc")):
+            value = getattr(self.options, name)
+            if learn == alone and value != getattr(MemoryOptions, name):
+                raise UsageError(f"--set memory.{name}={value}: says nothing of what learn={learn} learns")
+        if learn == "temp":
             self.learns = "question"
         self.blocks = choose_blocks(self.options.blocks, len(base.parts.blocks))
         self.adapters = self._fresh()
@@ -241,9 +246,6 @@ class Memory(Closed):
             nonlocal states, ready
             if states is None:
                 began = time.perf_counter()
-                if not any(self._folder.glob("*.states")):  # one who goes on has them
-                    size = states_bytes(self.base, every)
-                    check_room(self._folder, size, "memory: hidden states", "fewer memory.packings")
                 states = self._states(self._folder, every, upper.start)
                 ready = time.perf_counter() - began
             packing, numbers = orders.batch(step)
@@ -405,8 +407,8 @@ class Memory(Closed):
 
     def _words(self, pieces: Sequence[Piece]) -> list[str]:
         """The words of what is learnt, as :func:`as_measured` gives those of questions."""
-        before, after = self._asking().prompt("?").split("?", 1)
-        asked = (piece.lead.removeprefix(before).removesuffix(after) for piece in pieces)
+        before, after = self._asking().prompt(_PLACE).split(_PLACE, 1)
+        asked = (piece.lead.removeprefix(before).partition(CHOICES)[0].removesuffix(after) for piece in pieces)
         return [as_measured(one) for one in asked]
 
     def _known_words(self, change: Change) -> tuple[str, ...]:
@@ -472,7 +474,10 @@ class Memory(Closed):
 
     def _states(self, folder: Path, rows: Sequence[Row], start: int) -> States:
         mark = fingerprint(self.base.hash, str(self.base.dtype), start, [row.ids for row in rows])
-        return keep_states(self.base, rows, start, folder / f"{mark}.states")
+        path = folder / f"{mark}.states"
+        if folder == self._folder and not path.exists():  # what is for a moment only is small
+            check_room(folder, states_bytes(self.base, rows), "memory: hidden states", "fewer memory.packings")
+        return keep_states(self.base, rows, start, path)
 
     @property
     def _folder(self) -> Path:

@@ -215,6 +215,8 @@ class Learnt(Context):
                     f"--set prefix.{name}={getattr(options, name)}: nothing is trained; learn prefix.slots, or a "
                     "prefix.encoder"
                 )
+        if options.encoder == "tokens" and not options.slots and options.rank != PrefixOptions.rank:
+            raise UsageError(f"--set prefix.rank={options.rank}: nothing is trained; learn prefix.slots")
         if options.fair_by != KIND and not options.fair:
             raise UsageError(f"--set prefix.fair_by={options.fair_by}: nothing goes by it; give prefix.fair a weight")
         if self._keeps and options.passages == "none":
