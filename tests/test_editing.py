@@ -157,6 +157,8 @@ def test_same_subject_batches_hold_one_subject_and_many_relations():
         assert len({case.fact.subject for case in batch}) == 1
         assert len({case.fact.prompt for case in batch}) == 5 == len({case.fact.id for case in batch})
     assert batches == same_subject(cases, 5, 3, seed=0)
+    with pytest.raises(DataError, match="--same-subject 13: the records are of 12 relations only"):
+        same_subject(cases, 13, 3, seed=0)
 
 
 def test_the_papers_figures_come_out():

@@ -162,17 +162,22 @@ def same_subject(cases: Sequence[Case], size: int, sets: int, seed: int) -> list
 
     Each takes the subject of one record and the prompts and new objects of records with other relations
     (MEMIT-Merge; Dong et al. 2025).
+
+    Raises:
+        DataError: where the records have fewer relations.
     """
     draw = random.Random(seed)
     by_relation: dict[str, list[Case]] = {}
     for case in cases:
         by_relation.setdefault(case.group or case.fact.prompt, []).append(case)
     relations = sorted(by_relation)
+    if len(relations) < size:
+        raise DataError(f"--same-subject {size}: the records are of {len(relations)} relations only")
     made = []
     for owner in draw.sample(list(cases), min(sets, len(cases))):
         subject = owner.fact.subject
         batch = []
-        for relation in draw.sample(relations, min(size, len(relations))):
+        for relation in draw.sample(relations, size):
             case = draw.choice(by_relation[relation])
             fact = case.fact.model_copy(update={"id": f"{owner.fact.id}-{case.fact.id}", "subject": subject})
             batch.append(

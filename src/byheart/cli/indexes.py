@@ -96,9 +96,9 @@ def _index_search(
     from byheart.index import Index
     from byheart.retrieve import Retriever
 
-    mode = parse_mode(retriever)
+    mode, plain = parse_mode(retriever), _unpacked(dtype)
     found = Index.open(index)
-    loaded = load_encoder(found.card.name, device=device, dtype=_unpacked(dtype))
+    loaded = load_encoder(found.card.name, device=device, dtype=plain)
     (hits,) = Retriever(Index(index, loaded.card, found.segment), loaded, mode).retrieve([question], k)
     if as_json:
         print(json.dumps([asdict(hit) for hit in hits], ensure_ascii=False, indent=2))
