@@ -105,6 +105,8 @@ def f1_intervals(
 ) -> dict[str, tuple[float, float]]:
     """The 95 % bootstrap intervals over rows of what :func:`f1_by_label` gives, as a mean over several runs.
 
+    Where all rows are right in all runs, or none is, they are those of that share (:func:`mean_interval`).
+
     Args:
         truth: (rows), the right labels.
         runs: of each run what it predicted for these rows.
@@ -115,6 +117,9 @@ def f1_intervals(
     count = len(number)
     right = np.array([number[one] for one in truth])
     given = [np.array([number.get(one, count) for one in run]) for run in runs]  # one more for what is no label
+    shares = {float(np.mean([one[n] == right[n] for one in given])) for n in range(len(right))}
+    if len(shares) == 1 and shares <= {0.0, 1.0}:
+        return dict.fromkeys(("micro_f1", "macro_f1"), mean_interval([*shares] * len(right)))
     generator = np.random.default_rng(seed)
     found = np.zeros((resamples, 2))
     for n in range(resamples):
