@@ -72,6 +72,7 @@ def test_a_page_is_written_again_without_torch():
         (["compare", "x.db", "--out", "o", "--seed", "-1"], 2, "--seed"),
         (["bench", "fever", "--data", "d", "--base", "x/a,y/a"], 2, "two models of one name"),
         (["index", "search", "i", "why?", "--dtype", "int8"], 2, "--dtype int8"),
+        (["doctor", "--device", "xpu"], 2, "--device xpu: is not there"),
         (["learn", "context", "x.db", "--out", "."], 3, "holds other files than byheart's"),
         (["ledger", "add", "notes.txt/x.db", "notes.txt"], 3, "notes.txt/x.db: cannot be opened"),
         (["ledger", "show", "notes.txt"], 3, "notes.txt: cannot be opened as a byheart ledger"),

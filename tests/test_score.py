@@ -86,8 +86,8 @@ def test_intervals_of_label_f1_are_those_of_resampled_rows():
             means.append(sum(each) / 2)
         assert found[name] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.015)
     # Resampling rows that are all right, or all wrong, would give an interval of no width.
-    for given, value in (("abc", 1.0), ("bca", 0.0), ("xxx", 0.0)):
-        assert f1_intervals([*"abc"], [[*given]]) == dict.fromkeys(("micro_f1", "macro_f1"), mean_interval([value] * 3))
+    for said, value in (("abc", 1.0), ("bca", 0.0), ("xxx", 0.0)):
+        assert f1_intervals([*"abc"], [[*said]]) == dict.fromkeys(("micro_f1", "macro_f1"), mean_interval([value] * 3))
     # A label that a resample lacks is none of its labels.
     assert f1_intervals([*"aab"], [[*"aac"]])["macro_f1"][1] == 1
     assert all(math.isnan(one) for one in f1_intervals([], [[]])["macro_f1"])
