@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -40,12 +40,12 @@ _OPENINGS = (
 )  # fmt: skip
 
 
-def ordinary_text(option: str, method: str, documents: Sequence[str] | None = None) -> Sequence[str] | None:
+def ordinary_text(option: str, method: str, documents: Iterable[str] | None = None) -> Sequence[str] | None:
     """The texts that a method's option ``text`` names; None where the model is to write them.
 
     Args:
         option: ``own``, ``ledger`` or a file.
-        documents: the ledger's, where it is at hand.
+        documents: the texts of the ledger's, where it is at hand; read only where they are asked for.
 
     Raises:
         UsageError: where it names nothing that is there.
@@ -56,7 +56,7 @@ def ordinary_text(option: str, method: str, documents: Sequence[str] | None = No
     if option == "ledger":
         if documents is None:
             raise UsageError(f"{method}.text=ledger: the documents are not at hand here; learn from the ledger again")
-        return documents
+        return list(documents)
     path = Path(option)
     if not path.is_file():
         raise UsageError(f"--set {method}.text={path}: must be own, ledger or a text file")

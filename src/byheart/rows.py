@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,12 @@ def content_id(prefix: str, *parts: str) -> str:
     """A stable id made from content, for rows that bring none: the same row always gets the same id."""
     digest = hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8)
     return f"{prefix}-{digest.hexdigest()}"
+
+
+def told_apart(id: str, seen: Counter[str]) -> str:
+    """An id that rows of a benchmark may share, with a number behind it from the second time on."""
+    seen[id] += 1
+    return f"{id}#{seen[id]}" if seen[id] > 1 else id
 
 
 class _Row(BaseModel):

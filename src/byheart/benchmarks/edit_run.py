@@ -47,11 +47,11 @@ _OVERLAP = {
     "portability": "portability",
 }
 # Harmonic means of three. A magnitude, being a difference, can be below zero and has none.
-_TOGETHER = {
-    "s": ("es", "ps", "ns"),
-    "s_accuracy": ("es_accuracy", "ps_accuracy", "ns_accuracy"),
-    "s_overlap": ("efficacy", "paraphrase", "specificity"),
-}
+_TOGETHER = (
+    ("s", ("es", "ps", "ns")),
+    ("s_accuracy", ("es_accuracy", "ps_accuracy", "ns_accuracy")),
+    ("s", ("efficacy", "paraphrase", "specificity")),  # zsRE's
+)
 PAIRED = (*_SUCCESS.values(), *_OVERLAP.values(), "generated", "leak", "leak_subject", "leak_reworded", "ge")
 
 
@@ -302,9 +302,8 @@ def by_group(cases: Sequence[Case], rows: Sequence[dict[str, Any]], seed: int) -
 
 def _means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
     metrics, intervals = means(rows, seed)
-    for name, parts in _TOGETHER.items():
+    for name, parts in _TOGETHER:
         if whole := [[row[part] for part in parts] for row in rows if set(parts) <= row.keys()]:
-            name = name.removesuffix("_overlap")
             metrics[name] = harmonic_mean(np.mean(whole, 0).tolist())
             intervals[name] = _s_interval(whole, seed)
     return metrics, intervals

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from byheart.errors import DataError
 from byheart.formats import read_objects
-from byheart.rows import SUBJECT_PLACE, Fact, first_reason
+from byheart.rows import SUBJECT_PLACE, Fact, first_reason, told_apart
 
 ProbeKind = Literal["edit", "paraphrase", "neighbourhood", "portability"]
 
@@ -231,11 +231,9 @@ def _records(path: Path, needed: Iterable[str], make: Callable[[int, dict[str, A
     for number, row in read_objects(path, needed):
         try:
             case = make(number, row)
-            seen[case.fact.id] += 1
-            if (again := seen[case.fact.id]) > 1:  # two files put together, say; told apart, each is looked at
-                fact = case.fact.model_copy(update={"id": f"{case.fact.id}#{again}"})
-                case = replace(case, fact=fact)
-            records.cases.append(case)
+            # Two files put together share ids, say; told apart, each is looked at.
+            fact = case.fact.model_copy(update={"id": told_apart(case.fact.id, seen)})
+            records.cases.append(replace(case, fact=fact))
         except _Unusable as why:
             records.left_out[f"{path.name}:{number}"] = str(why)
     if not records.cases:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from byheart.compare import drawn
 from byheart.errors import DataError, UsageError, first_line
 from byheart.formats import read_objects
-from byheart.rows import Document
+from byheart.rows import Document, told_apart
 
 LABELS = ("supports", "refutes", "not enough info")
 Part = Literal["train", "validation"]
@@ -226,11 +226,7 @@ def _unrepeated(claims: Iterable[Claim], counts: Counter[str]) -> list[Claim]:
             if claim.part == "validation" and other.part == "train":
                 kept[text] = claim
     seen: Counter[str] = Counter()
-    found = []
-    for claim in kept.values():
-        seen[claim.id] += 1
-        found.append(replace(claim, id=f"{claim.id}#{seen[claim.id]}") if seen[claim.id] > 1 else claim)
-    return found
+    return [replace(claim, id=told_apart(claim.id, seen)) for claim in kept.values()]
 
 
 # -- filling up and splitting --------------------------------------------------------------------------------

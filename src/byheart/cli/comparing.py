@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from byheart.cli.options import (
-    WIDE,
     AsJson,
     BaseName,
     BleurtName,
@@ -33,6 +31,7 @@ from byheart.cli.options import (
     make_settings,
     parse_method_names,
     parse_splits,
+    print_tables,
 )
 
 if TYPE_CHECKING:
@@ -118,10 +117,7 @@ def run_comparison(
     if as_json:
         print(json.dumps(run, ensure_ascii=False, indent=2))
     else:
-        from rich.console import Console
-
-        # Not a terminal: wide enough that no figure is cut.
-        Console(width=None if sys.stdout.isatty() else WIDE).print(summary_table(run))
+        print_tables([summary_table(run)])
         for remark in remarks(run):
             print(remark)
         example = before_after(out)

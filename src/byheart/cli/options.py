@@ -14,6 +14,8 @@ from byheart.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from rich.table import Table
+
     from byheart.methods import Settings
     from byheart.tables import Grid
 
@@ -150,15 +152,20 @@ def short(value: Any) -> str:
 
 
 # Columns where stdout is no terminal: no line is as long, and none is cut.
-WIDE = 10_000
+_WIDE = 10_000
 
 
-def print_grids(grids: Iterable[Grid]) -> None:
+def print_tables(tables: Iterable[Table]) -> None:
     """Tables on stdout; where it is no terminal, wide enough that no figure is cut."""
     from rich.console import Console
 
+    console = Console(width=None if sys.stdout.isatty() else _WIDE)
+    for table in tables:
+        console.print(table)
+
+
+def print_grids(grids: Iterable[Grid]) -> None:
+    """Grids as tables on stdout."""
     from byheart.tables import terminal_table
 
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
-    for grid in grids:
-        console.print(terminal_table(grid))
+    print_tables(map(terminal_table, grids))

@@ -194,8 +194,7 @@ class Rome(Baseline):
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Write all facts of the ledger that hold; keeps the text for C."""
-        documents = [document.text for document in ledger.documents()] if self.options.text == "ledger" else None
-        texts = ordinary_text(self.options.text, self.name, documents)
+        texts = ordinary_text(self.options.text, self.name, (document.text for document in ledger.documents()))
         self.rows = moment_rows(self.base, texts, self.options.tokens, self.settings.seed)
         return super().learn(ledger, progress)
 

@@ -142,8 +142,7 @@ class Edit(ChangedWeights):
 
     def _begin(self, ledger: Ledger) -> None:
         """The text of the second moment, and the texts that prompts stand behind."""
-        documents = [document.text for document in ledger.documents()] if self.options.text == "ledger" else None
-        texts = ordinary_text(self.options.text, self.name, documents)
+        texts = ordinary_text(self.options.text, self.name, (document.text for document in ledger.documents()))
         self._take(moment_rows(self.base, texts, self.options.tokens, self.settings.seed))
         self.prefixes = self.prefixes or make_prefixes(self.base, self.options.prefixes, self.settings.seed)
 

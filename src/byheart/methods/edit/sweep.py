@@ -43,12 +43,13 @@ def sweep(base: Base, facts: Sequence[Fact], seed: int, show: Silent) -> tuple[i
         {(first, min(first + WIDTH - 1, depth - 2)) for first in (int(depth * s) for s in STARTS) if first < depth - 1}
     )
     before = _likelier(base, others, ("",))
+    rows = moment_rows(base, None, 2, seed)
     tried: list[dict[str, Any]] = []
     with show.bar("trace: ranges", len(ranges)) as tick:
         for first, last in ranges:
             layers = range(first, last + 1)
             z = find_targets(base, prepared, last, TargetOptions()).z
-            moments = second_moments(base, layers, moment_rows(base, None, 2, seed))
+            moments = second_moments(base, layers, rows)
             deltas = Writer(base, moments, WriteOptions()).write(prepared, z).deltas
             with changed_by(base, deltas):
                 held = _likelier(base, edits, prefixes[2:])

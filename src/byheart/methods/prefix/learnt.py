@@ -64,7 +64,8 @@ _ONLY = {
 }  # fmt: skip
 # What only training asks for.
 _TRAINING = (
-    "distil", "vicreg", "fair", "wrong", "study", "hard", "begin", "epochs", "batch", "lr", "warmup", "decay", "clip",
+    "distil", "vicreg", "fair", "wrong", "study", "hard", "rank",
+    "begin", "epochs", "batch", "lr", "warmup", "decay", "clip",
 )  # fmt: skip
 # Tokens of pages that learnt columns are chosen among.
 _BEGIN = 2_048
@@ -215,8 +216,6 @@ class Learnt(Context):
                     f"--set prefix.{name}={getattr(options, name)}: nothing is trained; learn prefix.slots, or a "
                     "prefix.encoder"
                 )
-        if options.encoder == "tokens" and not options.slots and options.rank != PrefixOptions.rank:
-            raise UsageError(f"--set prefix.rank={options.rank}: nothing is trained; learn prefix.slots")
         if options.fair_by != KIND and not options.fair:
             raise UsageError(f"--set prefix.fair_by={options.fair_by}: nothing goes by it; give prefix.fair a weight")
         if self._keeps and options.passages == "none":
