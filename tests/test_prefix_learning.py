@@ -526,9 +526,10 @@ def test_examples_that_are_shown_are_read_whole_before_passages_that_are_not(tin
     assert method.cache.path(shown) == method.whole.path(shown)  # where training puts it, and looks for it
     example, passage = method.cache.encode([shown, *answer.evidence], kept=True)
     (whole,) = method.whole.fresh([shown])
-    assert torch.equal(example.keys[1], whole.keys[1]) and example.columns == method.cache.columns(shown)
+    torch.testing.assert_close(example.keys[1], whole.keys[1])  # what is on disk was read in another batch
+    assert example.columns == method.cache.columns(shown)
     (own,) = method.cache.fresh(answer.evidence)
-    assert torch.equal(passage.keys[1], own.keys[1])
+    torch.testing.assert_close(passage.keys[1], own.keys[1])
     assert passage.columns == few.get("columns", method.whole.columns(answer.evidence[0]))
     past = (*method.learnt(), *method.cache.past([shown, *answer.evidence], [example, passage]))
     tail = method.form.pieces(asked.question, ())[2]
