@@ -56,11 +56,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return _train_tokenizer()
 
 
-def tiny_model(family: str, vocabulary: int, dtype: torch.dtype = torch.float32):
+def tiny_model(family: str, vocabulary: int, dtype: torch.dtype = torch.float32, **config_of_its_own):
     """A random model of a family, the same at every call."""
     torch.manual_seed(0)
     ends = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
-    config = AutoConfig.for_model(family, vocab_size=vocabulary, **ends, **FAMILIES[family])
+    config = AutoConfig.for_model(family, vocab_size=vocabulary, **(ends | FAMILIES[family] | config_of_its_own))
     loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = loader.from_config(config).to(dtype)
     # Random weights give nearly even logits; spread, so that greedy choices do not hang on rounding.

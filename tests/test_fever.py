@@ -2,21 +2,25 @@
 
 import json
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from byheart.base import make_base
-from byheart.benchmarks.fever import LABELS, load_fever
-from byheart.benchmarks.fever_run import FRAME, Plan, claim_pieces, read_label, run_fever
+from byheart.benchmarks.fever import LABELS, Claim, load_fever
+from byheart.benchmarks.fever_run import FRAME, Plan, _ask, claim_pieces, controls, read_label, run_fever
 from byheart.benchmarks.kept import Kept
 from byheart.cli import main
 from byheart.errors import DataError
 from byheart.fever_report import grids, write_fever_report
 from byheart.methods import Settings
 from byheart.methods.memory.examples import packed
+from byheart.methods.memory.method import Memory
 from byheart.storage import read_json
+from byheart.training import Trained
 from conftest import tiny_model
 
 SHARED = Path(os.environ.get("BYHEART_DATA", Path(__file__).parents[2] / "shared" / "data")) / "fever"
@@ -240,6 +244,69 @@ def test_the_experiment_runs_and_goes_on(tokenizer, tmp_path, monkeypatch):
     assert again["cells"] == run["cells"]
 
 
+def test_every_page_has_a_claim_to_learn_from_and_accents_are_written_alike(tmp_path):
+    names = [f"Caf\u00e9_{n}" for n in range(10)]
+    lines(
+        tmp_path / "pages.jsonl", [{"page_id": unicodedata.normalize("NFD", n), "text": f"{n} is old."} for n in names]
+    )
+    rows = [(f"{n} is {k}.", LABELS[k % 2].upper(), n) for n in names for k in range(20 if n == names[0] else 1)]
+    lines(tmp_path / "claims.jsonl", [{"claim": c, "label": label, "page": page} for c, label, page in rows])
+    fever = load_fever(tmp_path)
+    assert {page.id for page in fever.pages} == {*names} == {claim.page for claim in fever.part("train")}
+
+
+def test_calibration_takes_off_what_is_said_of_nothing_and_two_are_two():
+    class Said:
+        def complete(self, label, jobs, *, max_new_tokens):
+            free = "Claim: N/A\nA:"
+            return [
+                SimpleNamespace(options=(0.0, 1.0, 2.0) if free in j.prompt else (0.5, 1.2, 2.1), text="") for j in jobs
+            ]
+
+    (row,) = _ask(Said(), [Claim("a", "It is.", "supports", None)], [], "")
+    assert (row["likelihood"], row["calibrated"], row["two"], row["two_calibrated"]) == (
+        LABELS[2], LABELS[0], LABELS[1], LABELS[0],
+    )  # fmt: skip
+
+
+def test_other_neither_learns_nor_is_shown_claims_of_the_pages_that_it_is_asked_about(tokenizer, tmp_path, monkeypatch):
+    base = make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
+    fever = load_fever(by_page(tmp_path / "data"), top=5)
+    learnt, asked = [], []
+    page_of = {claim.id: claim.page for claim in fever.claims}
+    monkeypatch.setattr(
+        Memory,
+        "train",
+        lambda self, pieces, *_: (learnt.append({page_of[p.owner] for p in pieces}), (Trained(), ()))[1],
+    )
+
+    def ask(kept, claims, examples, label):
+        asked.append(({c.page for c in claims}, {c.page for c in examples}))
+        ways = ("likelihood", "calibrated", "two", "two_calibrated", "generated")
+        return [{"id": claim.id, **dict.fromkeys(ways, claim.label)} for claim in claims]
+
+    monkeypatch.setattr("byheart.benchmarks.fever_run._ask", ask)
+    plan = Plan(shots=(5,), variants=("other",), seeds=(0,), context=False)
+    run_fever(fever, base, tmp_path / "out", Settings(shots=0), plan)
+    assert len(learnt) == 2 and set.union(*(pages for pages, _ in asked)) == {page.id for page in fever.pages}
+    for known, (pages, shown) in zip(learnt, asked, strict=True):
+        assert known and shown and not pages & known and not pages & shown
+
+
+def test_controls_see_the_wording_alone():
+    def claims(words, part):
+        return [Claim(f"{part}{n}", f"It {words[n % 3]} there.", LABELS[n % 3], None, part) for n in range(30)]
+
+    telling = controls(
+        claims(("is", "never was", "may be"), "train"), claims(("is", "never was", "may be"), "validation"), 0
+    )
+    silent = controls(claims(("is",) * 3, "train"), claims(("is",) * 3, "validation"), 0)
+    assert telling["claim_only"]["micro_f1"] == telling["claim_only"]["supports_refutes"] == 1
+    assert silent["claim_only"]["micro_f1"] == pytest.approx(1 / 3)
+    assert telling["majority"]["micro_f1"] == pytest.approx(1 / 3)
+    assert {*telling["claim_only"]["given"]["two"]} == {*LABELS[:2]}
+
+
 def test_several_models_stand_in_the_same_tables(tokenizer, tmp_path, monkeypatch, capsys):
     for family in ("llama", "gpt2"):
         tiny_model(family, len(tokenizer)).save_pretrained(tmp_path / family)
@@ -271,6 +338,9 @@ def test_several_models_stand_in_the_same_tables(tokenizer, tmp_path, monkeypatc
     monkeypatch.setattr("byheart.benchmarks.fever_run._ask", lambda *_, **__: pytest.fail("asked before it is refused"))
     code, said = ran(*call, "--base", "llama", "--set", "memory.width=0")
     assert code == 2 and "memory.width=0" in said.err
+    bad = ("--set", "memory.keep=1", "--set", "memory.text=nowhere.txt")
+    code, said = ran(*call, "--base", "llama", *bad)
+    assert code == 2 and "memory.text=nowhere.txt: must be own or a text file" in said.err
     code, said = ran(*call, "--base", "llama,nowhere")
     assert code == 3 and "nowhere" in said.err
     for wrong, why in (("llama,x/llama", "two models of one name"), (" , ", "names no language model")):

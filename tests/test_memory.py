@@ -13,6 +13,7 @@ from byheart.base import load_base, make_base
 from byheart.compare import compare
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
+from byheart.losses import drift
 from byheart.methods import Settings
 from byheart.methods.memory.adapter import Memory as Network
 from byheart.methods.memory.adapter import attached, make_adapters
@@ -371,10 +372,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(keep, base, tmp_path, mon
     ledger = ledger_of(tmp_path)
     text = tmp_path / "text.txt"
     text.write_text("Rain fell on the hills and the road was closed. " * 80, encoding="utf-8")
-    whole = memory(base, tmp_path / "one", keep=keep, text=text)
+    options = {"keep": keep, "text": text if keep else "own"}
+    whole = memory(base, tmp_path / "one", **options)
     whole.learn(ledger)
 
-    killed = memory(base, tmp_path / "two", keep=keep, text=text)
+    killed = memory(base, tmp_path / "two", **options)
     done = 0
 
     def kill(count):
@@ -385,10 +387,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(keep, base, tmp_path, mon
 
     with pytest.raises(KeyboardInterrupt):
         killed.learn(ledger, kill)
-    again = memory(base, tmp_path / "two", keep=keep, text=text)
+    again, steps, mean = memory(base, tmp_path / "two", **options), [], Upper.mean_loss
+    monkeypatch.setattr(Upper, "mean_loss", lambda *given: steps.append(1) or mean(*given))
     again.learn(ledger)
     assert same(weights(whole), weights(again))
-    assert again.losses == whole.losses
+    assert again.losses == whole.losses and 0 < len(steps) < len(whole.losses)
 
 
 @pytest.mark.parametrize("place", ["block", "mlp", "parallel"])
@@ -416,7 +419,7 @@ def test_what_is_kept_still_moves_less(base, tmp_path, monkeypatch):
     before = perplexity(base, rows)
     drift = {}
     for keep in (0, 10):
-        method = memory(base, tmp_path, epochs=12, keep=keep, text=text)
+        method = memory(base, tmp_path, epochs=12, keep=keep, text=text if keep else "own")
         with ledger_of(tmp_path) as ledger:
             method.learn(ledger)
         with method.attached():
@@ -544,10 +547,12 @@ def test_what_still_stands_in_the_words_of_what_goes_is_kept(base, tmp_path, dra
 
 
 def test_a_question_that_was_learnt_before_it_is_measured_is_told_and_not_seen_again(base, tmp_path, monkeypatch):
-    ledger = ledger_of(tmp_path)
+    named = Question(id="n", question="Name the river of Ostrand Quay.", answers=["the Selwater"], split="train")
+    ledger = ledger_of(tmp_path, (*PAGES, *ASKED, *FACTS, named))
     method = memory(base, tmp_path, epochs=1)
     method.learn(ledger)
-    for words, told in (("Who or what is the river of Ostrand Quay?", True), ("Who keeps the light of Ebb?", False)):
+    said = ("Who or what is the river of Ostrand Quay?", "Name the river of Ostrand Quay.")
+    for words, told in (*((one, True) for one in said), ("Who keeps the light of Ebb?", False)):
         ledger.insert([Question(id=words, question=words, answers=["the Selwater"], split="test")])
         notes = method.revise(last_change(ledger, words)).notes
         why = f'1 texts in the words of question "{words}" were learnt before it came: learn anew to measure'
@@ -604,9 +609,80 @@ def test_progress_is_told_of_study_and_training(base, tmp_path):
         assert sum(told) == ledger.count("document")
         parts.append(told)
     assert parts[1][0] == ledger.count("document") // 2
+
+
+def test_options_that_would_do_nothing_are_refused(base, tmp_path):
     for name, learn in (("study", "temp"), ("pages", "temp"), ("wordings", "doc")):
         with pytest.raises(UsageError, match=f"memory.{name}=2: says nothing of what learn={learn} learns"):
             memory(base, tmp_path, learn=learn, **{name: 2})
+    with pytest.raises(UsageError, match="memory.lr=0: must be above 0"):
+        memory(base, tmp_path, lr=0)
+    with pytest.raises(UsageError, match=r"memory.text=some.txt: says nothing while memory.keep is 0"):
+        memory(base, tmp_path, text="some.txt").learn(ledger_of(tmp_path))
+    unclipped = memory(base, tmp_path, clip=0, decay=0)
+    before = weights(unclipped)
+    unclipped.learn(ledger_of(tmp_path))
+    assert not same(before, weights(unclipped))
+
+
+def test_rows_end_where_the_model_does(tokenizer, tmp_path):
+    base = make_base("tiny", tiny_model("gpt2", len(tokenizer), n_positions=48), tokenizer)
+    long = Document(id="long", title="Ostrand Quay", text="Ostrand Quay lies where the Selwater reaches it. " * 40)
+    many = Question(id="many", question="Which of the many? " * 40, answers=["this one"], split="train")
+    method = memory(base, tmp_path, epochs=1)
+    method.learn(ledger_of(tmp_path, (long, many, *ASKED)))
+    rows = method._rows(method.pieces)
+    assert max(len(row.ids) for row in rows) == 48 and method.losses
+
+
+def test_what_cannot_be_learnt_of_a_change_is_named_and_kept(base, tmp_path):
+    ledger = ledger_of(tmp_path)
+    method = memory(base, tmp_path, epochs=1, revise_epochs=1)
+    method.learn(ledger)
+    rival = FACTS[0].model_copy(update={"id": "rival", "object": "the Dunnow"})
+    unanswered = Question(id="open", question="Who lit it?", answers=[], split="train")
+    later = Question(id="later", question="Who lit the lamp?", answers=["Ann"], split="test")
+    same_words = later.model_copy(update={"id": "same", "split": "train"})
+    for row in (rival, unanswered, later, same_words):
+        ledger.insert([row])
+        report = method.revise(last_change(ledger, row.id))
+        assert sum(report.skipped.values()) == len(method.skipped)
+    against = "another target for the same subject and prompt"
+    assert method.skipped == {
+        "river": f"{against} (rival)",
+        "rival": f"{against} (river)",
+        "open": "has no answer",
+        "same": "is measured in the same words",
+    }
+    method.save_pretrained(tmp_path / "kept")
+    assert Memory.from_pretrained(tmp_path / "kept", base).skipped == method.skipped
+    for kind, id in (("fact", "rival"), ("question", "open")):
+        ledger.retract(kind, id)
+        method.revise(last_change(ledger, id))
+    assert list(method.skipped) == ["same"] and "fact/river" in {piece.owner for piece in method.pieces}
+
+
+def test_a_retracted_page_keeps_what_another_one_says(base, tmp_path, drawn):
+    text = "Ostrand Quay lies where the Selwater reaches the sea, and its light is kept by the harbour guild."
+    quay, twin, near = (
+        Document(id="quay", text=f"{text} It is old."),
+        Document(id="twin", text=f"{text} Nobody lives there."),
+        Document(id="near", text="The old mole was built by nobody."),
+    )
+    ledger = ledger_of(tmp_path, (quay, twin, near))
+    method = memory(base, tmp_path, epochs=1, revise_epochs=1)
+    method.learn(ledger)
+    ledger.retract("document", "twin")
+    method.revise(last_change(ledger, "twin"))
+    (said,) = {base.tokenizer.decode([id for id, on in zip(row.ids, row.labels, strict=True) if on]) for row in drawn}
+    assert "lives" in said and "Selwater" not in said
+
+
+def test_drift_is_the_kl_from_the_plain_model_on():
+    torch.manual_seed(0)
+    now, plain = torch.randn(5, 7), 3 * torch.randn(5, 7)
+    p, q = plain.softmax(-1), now.softmax(-1)
+    assert float(drift(now, plain)) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
 
 
 def test_a_question_without_an_answer_is_counted(base, tmp_path):

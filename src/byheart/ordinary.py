@@ -59,7 +59,8 @@ def ordinary_text(option: str, method: str, documents: Iterable[str] | None = No
         return list(documents)
     path = Path(option)
     if not path.is_file():
-        raise UsageError(f"--set {method}.text={path}: must be own, ledger or a text file")
+        named = "own or" if documents is None else "own, ledger or"
+        raise UsageError(f"--set {method}.text={path}: must be {named} a text file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -29,7 +29,7 @@ class Recipe:
         steps: of the optimiser.
         lr: the highest step size, reached after ``warmup`` steps; it falls to zero along a half cosine.
         decay: weight decay, decoupled (AdamW; Loshchilov and Hutter 2019).
-        clip: the longest gradient.
+        clip: the longest gradient; 0: as long as it comes.
         beta2: how much of the second moment each step keeps; with less, large gradients of the start are forgotten.
     """
 
@@ -118,7 +118,8 @@ def train(
             group["lr"] = recipe.rate(step) * group["rate"]
         found = loss(step)
         found.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(named.values(), recipe.clip)
+        if recipe.clip:
+            nn.utils.clip_grad_norm_(named.values(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad()
         done.losses.append(float(found.detach()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -57,9 +58,9 @@ class Fever:
 def load_fever(data: Path, *, top: int = 99, how: How = "claim", seed: int = 0, limit: int | None = None) -> Fever:
     """The ``top`` pages with most claims, their text and their claims.
 
-    A page without text, or without claims to learn from, is dropped and the next one moves up. Where a page has fewer
-    claims of a class than half of its claims of the other two, claims of the third class (which no page decides) are
-    drawn for it, without repeats, so that all three classes are there.
+    A page without text, or without claims to learn from, is dropped and the next one moves up. For each page half as
+    many claims of the third class (which no page decides) as it decides itself are drawn, without repeats. A page of
+    which only supported or only refuted claims are known keeps those alone: nobody has written the others.
 
     Args:
         data: a folder with the official files (``train.jsonl``, ``*dev*.jsonl`` and ``wiki-pages/``), the Hub's copy
@@ -176,13 +177,18 @@ def _page_of(row: dict[str, Any]) -> str | None:
     """The page of a claim in any of the three forms: named, the Hub's column, or the first of the evidence sets."""
     named = row.get("page") or row.get("evidence_wiki_url")
     if named:
-        return str(named)
+        return _name(named)
     evidence = row.get("evidence")
     for some in evidence if isinstance(evidence, list) else ():
         for piece in some if isinstance(some, list) else ():
             if isinstance(piece, list) and len(piece) >= 3 and piece[2]:
-                return str(piece[2])
+                return _name(piece[2])
     return None
+
+
+def _name(page: Any) -> str:
+    """A page's name, composed: the files' claims and pages do not write accents alike."""
+    return unicodedata.normalize("NFC", str(page))
 
 
 def _pages(data: Path, wanted: set[str]) -> dict[str, Document]:
@@ -197,9 +203,9 @@ def _pages(data: Path, wanted: set[str]) -> dict[str, Document]:
             id = row.get("page_id", row.get("id"))
             if id is None:
                 raise DataError(f'{path}:{number}: "id" is missing')
-            if str(id) in wanted and isinstance(row["text"], str) and row["text"].strip():
-                title = str(row.get("title") or _plain(str(id)).replace("_", " "))
-                found[str(id)] = Document(id=str(id), title=title, text=" ".join(_plain(row["text"]).split()))
+            if (page := _name(id)) in wanted and isinstance(row["text"], str) and row["text"].strip():
+                title = str(row.get("title") or _plain(page).replace("_", " "))
+                found[page] = Document(id=page, title=title, text=" ".join(_plain(row["text"]).split()))
     return found
 
 
@@ -260,12 +266,18 @@ def _by_claim(claims: list[Claim], draw: random.Random) -> Iterator[Claim]:
         else:
             groups[claim.page or "", claim.label].append(claim)
     owed = 0.0
-    for _, some in sorted(groups.items()):
+    last = {page: label for page, label in sorted(groups) if label != _THIRD}
+    learnable = {claim.page for claim in claims if claim.part == "train" and claim.label != _THIRD}
+    for (page, label), some in sorted(groups.items()):
         draw.shuffle(some)
         # What rounding takes from one group the next one gets.
         owed += _TRAIN_SHARE * len(some)
         count = min(round(owed), len(some))
+        if label == last.get(page) and page not in learnable:
+            count = max(count, 1)  # of each page one claim at least that it decides is learnt
         owed -= count
+        if count and label != _THIRD:
+            learnable.add(page)
         yield from (replace(claim, part="train" if n < count else "validation") for n, claim in enumerate(some))
 
 

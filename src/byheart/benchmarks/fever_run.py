@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +41,7 @@ _ANSWER_TOKENS = 8
 _FOLDS = 2
 # Of F1, which is a mean of nothing, as many as comparisons take.
 _F1_RESAMPLES = 1_000
+_NO_PAGES: dict[str, str] = {}
 # In place of a number of examples: all of them, each run of each as much.
 MEAN = "mean"
 
@@ -90,7 +91,7 @@ def run_fever(
     """
     show = progress or Silent()
     out.mkdir(parents=True, exist_ok=True)
-    Memory(base, settings, out)  # what it refuses is told now, not once the plain model has been asked
+    Memory(base, settings, out).texts()  # what it refuses is told now, not once the plain model has been asked
     asked, learnt = fever.part("validation"), fever.part("train")
     run = run_record(base, settings, origin) | {
         "benchmark": "FEVER",
@@ -110,21 +111,23 @@ def run_fever(
     for seed in plan.seeds:
         for variant in plan.variants:
             own = replace(settings, seed=seed)
-            for memory, some in _memories(variant, fever, base, out, own, run, plan, show):
+            for memory, some, known in _memories(variant, fever, base, out, own, run, plan, show):
                 kept = Kept(base, folder, show, memory.digest if memory else "")
                 with memory.attached() if memory else nullcontext():
                     for shots in plan.shots:
                         label = f"{variant}, {shots} shots, seed {seed}"
-                        found = _ask(kept, fever, some, shots, seed, label)
+                        found = _ask(kept, some, _examples(known, shots, seed), label)
                         answers.setdefault((variant, shots, seed), []).extend(found)
             _order(answers, variant, seed, asked)
             write_json(out / "run.json", run | {"cells": _cells(answers, asked, settings.seed)})
         if plan.context:
-            unchanged = Kept(base, folder, show)
+            unchanged, texts = Kept(base, folder, show), {page.id: page.text for page in fever.pages}
             for shots in plan.shots:
                 label = f"page in the prompt, {shots} shots, seed {seed}"
                 try:
-                    answers["context", shots, seed] = _ask(unchanged, fever, asked, shots, seed, label, pages=True)
+                    answers["context", shots, seed] = _ask(
+                        unchanged, asked, _examples(learnt, shots, seed), label, texts
+                    )
                 except DataError as error:  # as many pages as that can be longer than the model reads
                     run.setdefault("left_out", {})[label] = str(error)
                     show.say(f"left out: {label}: {error}")
@@ -147,22 +150,22 @@ def run_fever(
 def _memories(
     variant: Variant, fever: Fever, base: Base, out: Path, settings: Settings, run: dict[str, Any], plan: Plan,
     show: Silent,
-) -> list[tuple[Memory | None, list[Claim]]]:  # fmt: skip
-    """The trained memories of a variant, each with the claims to ask it."""
-    asked = fever.part("validation")
+) -> list[tuple[Memory | None, list[Claim], list[Claim]]]:  # fmt: skip
+    """The trained memories of a variant, each with the claims to ask it and those that it may be shown."""
+    asked, train = fever.part("validation"), fever.part("train")
     if variant == "none":
-        return [(None, asked)]
+        return [(None, asked, train)]
     if variant != "other":
-        return [(_trained(variant, variant, fever, fever.part("train"), base, out, settings, run, plan, show), asked)]
-    found: list[tuple[Memory | None, list[Claim]]] = []
+        return [(_trained(variant, variant, fever, train, base, out, settings, run, plan, show), asked, train)]
+    found: list[tuple[Memory | None, list[Claim], list[Claim]]] = []
     order = sorted(page.id for page in fever.pages)
     random.Random(f"{settings.seed}/folds").shuffle(order)
     for fold in range(_FOLDS):
         out_of = set(order[fold::_FOLDS])
-        learnt = [claim for claim in fever.part("train") if claim.page not in out_of]
+        learnt = [claim for claim in train if claim.page not in out_of]
         name = f"other, fold {fold}"
         memory = _trained(name, "temp", fever, learnt, base, out, settings, run, plan, show)
-        found.append((memory, [claim for claim in asked if claim.page in out_of]))
+        found.append((memory, [claim for claim in asked if claim.page in out_of], learnt))
     return found
 
 
@@ -189,13 +192,16 @@ def _trained(
 
 
 def _ask(
-    kept: Kept, fever: Fever, claims: Sequence[Claim], shots: int, seed: int, label: str, *, pages: bool = False
+    kept: Kept, claims: Sequence[Claim], examples: Sequence[Claim], label: str, texts: Mapping[str, str] = _NO_PAGES
 ) -> list[dict[str, Any]]:
-    """Of each claim the likeliest label, the same calibrated, and what the model writes."""
-    texts = {page.id: page.text for page in fever.pages} if pages else {}
+    """Of each claim the likeliest label, the same calibrated, and what the model writes.
+
+    Args:
+        texts: of pages, to stand before the claims about them.
+    """
     begin = _HEADER + "".join(
         f"{_page(texts.get(one.page or ''))}{_asked(one.text)} {_LETTERS[LABELS.index(one.label)]}\n"
-        for one in _examples(fever, shots, seed)
+        for one in examples
     )
     options = tuple(f" {letter}" for letter in _LETTERS)
     jobs = [Job(begin + _page(texts.get(claim.page or "")) + _asked(claim.text), options) for claim in claims]
@@ -235,10 +241,10 @@ def _best(scores: Sequence[float]) -> str:
     return LABELS[max(range(len(scores)), key=lambda n: scores[n])]
 
 
-def _examples(fever: Fever, shots: int, seed: int) -> list[Claim]:
-    """Training claims, the labels in turn, the same first ones for every number of shots."""
+def _examples(known: Sequence[Claim], shots: int, seed: int) -> list[Claim]:
+    """Some of these claims, the labels in turn, the same first ones for every number of shots."""
     draw = random.Random(f"{seed}/examples")
-    by_label = {label: [claim for claim in fever.part("train") if claim.label == label] for label in LABELS}
+    by_label = {label: [claim for claim in known if claim.label == label] for label in LABELS}
     order = [label for label in LABELS if by_label[label]]
     draw.shuffle(order)
     return [draw.choice(by_label[order[n % len(order)]]) for n in range(max(5, shots))][:shots]

@@ -271,12 +271,12 @@ def _bench_fever(
     parts = [(Path(name).resolve() if Path(name).is_dir() else Path(name)).name for name in bases]
     if len({*parts}) < len(parts):
         raise UsageError(f"--base {base}: two models of one name would write into one folder")
+    numbers, seen = _shots(shots), range(seed, seed + seeds)
     fever = load_fever(data, top=pages, how=split, seed=seed, limit=limit)  # type: ignore[arg-type]
     show = Terminal()
     for name in bases if len(bases) > 1 else ():  # a misspelt one is told before hours with the first
         if not name.endswith(".gguf"):
             model_folder(name, show.say)
-    numbers, seen = _shots(shots), range(seed, seed + seeds)
     origin = {"data": str(data), "split": split, "limit": limit}
     runs = []
     for name, part in zip(bases, parts, strict=True):

@@ -185,7 +185,7 @@ def settle(
     lengths = {str(layer): float(length) for layer, length in zip(layers, ordinary, strict=True)}
     longest = max(lengths.values()) or 1.0
     lr = options.settle_lr * longest / base.parts.d_model**0.5
-    recipe = Recipe(len(plan), lr, min(_WARMUP, len(plan) // 2), decay=0.0, clip=float("inf"), beta2=_BETA2)
+    recipe = Recipe(len(plan), lr, min(_WARMUP, len(plan) // 2), decay=0.0, clip=0.0, beta2=_BETA2)
     tell = scaled(progress, len(plan), len(places) * options.settle)
     trained = train(shifts, loss, recipe, store, tell, lambda name: lengths[name] / longest)
     found = torch.zeros(groups, len(layers), base.parts.d_model)

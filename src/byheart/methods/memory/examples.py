@@ -31,8 +31,9 @@ _ROW_TEXT, _ROW_TOKENS = 2_000, 1_024
 _OPEN = 256
 # Of a page's title.
 _TITLE_TOKENS = 64
-# Tokens that must follow each other in two versions of a page to be the same text.
-_SAME = 4
+# Tokens that must follow each other in two versions of a page to be the same text, and in two pages; and characters
+# that pages must share to be looked at for them.
+_SAME, _SAME_ELSEWHERE, _GLANCE = 4, 12, 32
 _COPULA = re.compile(r"^(?P<what>.+) (?P<verb>is|was|are|were)$")
 
 
@@ -129,31 +130,44 @@ def to_learn(
         facts, skipped = choose_facts(ledger.facts(), today)
         questions = list(ledger.questions(["train"]))
         rows += [*questions, *facts]
-        skipped |= {q.id: "has no answer" for q in questions if not q.answers}
     found = []
     for row in rows:
         pieces = list(pieces_of(row, form, wordings, measured))
         if not pieces:
-            skipped.setdefault(row.id, "is measured in the same words")
+            skipped.setdefault(row.id, why_nothing(row))
         found += pieces
     return found, skipped
 
 
-def packed(tokenizer: Any, pieces: Sequence[Piece], seed: int, frame: Frame = PLAIN, pack: int = PACK) -> list[Row]:
+def why_nothing(row: LedgerRow) -> str:
+    """Why there is nothing to learn in a row of a kind that is learnt."""
+    return "has no answer" if isinstance(row, Question) and not row.answers else "is measured in the same words"
+
+
+def packed(
+    tokenizer: Any,
+    pieces: Sequence[Piece],
+    seed: int,
+    frame: Frame = PLAIN,
+    pack: int = PACK,
+    positions: int | None = None,
+) -> list[Row]:
     """Pieces as rows of tokens: a page alone (cut where it is long), others ``pack`` in a row.
 
     Pieces in a row never share an owner or a fact: the answer to one would stand in the text before the other.
 
     Args:
         frame: what stands around the questions of a row.
+        positions: how many the model has; rows end there at the latest.
     """
-    rows = [row for piece in pieces if piece.kind == "page" for row in _page_rows(tokenizer, piece)]
+    longest = min(_ROW_TOKENS, positions or _ROW_TOKENS)
+    rows = [row for piece in pieces if piece.kind == "page" for row in _page_rows(tokenizer, piece, longest)]
     draw = random.Random(seed)
     for kinds in (("question", "study"), ("statement",)):
         left = [piece for piece in pieces if piece.kind in kinds]
         draw.shuffle(left)
         for some in _apart(left, pack):
-            rows.append(_row(tokenizer, some, PLAIN if kinds == ("statement",) else frame))
+            rows.append(_row(tokenizer, some, PLAIN if kinds == ("statement",) else frame, longest))
     return [row for row in rows if any(row.labels)]
 
 
@@ -182,16 +196,33 @@ def _apart(pieces: Sequence[Piece], pack: int) -> Iterator[list[Piece]]:
     yield from open_rows
 
 
-def taken_out(tokenizer: Any, piece: Piece, now: Sequence[Piece]) -> list[Row]:
-    """The rows of a page's piece with only those tokens to predict that no page of ``now`` has."""
+def taken_out(
+    tokenizer: Any, piece: Piece, now: Sequence[Piece], kept: Sequence[Piece] = (), positions: int | None = None
+) -> list[Row]:
+    """The rows of a page's piece with only those tokens to predict that no other page has.
+
+    Args:
+        now: what stands in its place: of these, runs of a few tokens are the same text.
+        kept: other pages, which share short runs with any: of these, long ones are.
+        positions: how many the model has.
+    """
     _, ids = _page_ids(tokenizer, piece)
+    text = piece.answer
+    parts = {text[n : n + _GLANCE] for n in range(len(text) - _GLANCE + 1)}
+    near = [
+        one
+        for one in kept
+        if one.kind == "page" and any(one.answer[n : n + _GLANCE] in parts for n in range(len(one.answer)))
+    ]
     stays: set[int] = set()
-    for one in now:
-        if one.kind == "page":
-            match = SequenceMatcher(None, ids, _page_ids(tokenizer, one)[1], autojunk=False)
-            for start, _, size in match.get_matching_blocks():
-                stays |= set(range(start, start + size)) if size >= _SAME else set()
-    return [row for row in _page_rows(tokenizer, piece, stays) if any(row.labels)]
+    for pages, least in ((now, _SAME), (near, _SAME_ELSEWHERE)):
+        for one in pages:
+            if one.kind == "page":
+                match = SequenceMatcher(None, ids, _page_ids(tokenizer, one)[1], autojunk=False)
+                for start, _, size in match.get_matching_blocks():
+                    stays |= set(range(start, start + size)) if size >= least else set()
+    longest = min(_ROW_TOKENS, positions or _ROW_TOKENS)
+    return [row for row in _page_rows(tokenizer, piece, longest, stays) if any(row.labels)]
 
 
 def _page_ids(tokenizer: Any, piece: Piece) -> tuple[list[int], list[int]]:
@@ -200,16 +231,18 @@ def _page_ids(tokenizer: Any, piece: Piece) -> tuple[list[int], list[int]]:
     return lead[:_TITLE_TOKENS], ids
 
 
-def _page_rows(tokenizer: Any, piece: Piece, but: Container[int] = frozenset()) -> Iterator[Row]:
+def _page_rows(tokenizer: Any, piece: Piece, longest: int, but: Container[int] = frozenset()) -> Iterator[Row]:
     lead, ids = _page_ids(tokenizer, piece)
-    size = PAGE_TOKENS - len(lead)
+    whole = min(PAGE_TOKENS, longest)
+    lead = lead[: whole // 2]
+    size = whole - len(lead)
     for start in range(0, len(ids), size):
         some = ids[start : start + size]
         wanted = [(bool(lead) or n > 0) and start + n not in but for n in range(len(some))]
         yield Row((*lead, *some), (*[False] * len(lead), *wanted))
 
 
-def _row(tokenizer: Any, pieces: Sequence[Piece], frame: Frame) -> Row:
+def _row(tokenizer: Any, pieces: Sequence[Piece], frame: Frame, longest: int) -> Row:
     text, spans = frame.header, []
     for piece in pieces:
         text += piece.lead
@@ -223,5 +256,5 @@ def _row(tokenizer: Any, pieces: Sequence[Piece], frame: Frame) -> Row:
         first, stop = (len(tokenizer(text[:place])["input_ids"]) for place in (start, end))
         labels[max(first, 1) : stop] = [True] * (min(stop, len(ids)) - max(first, 1))
     # A question too long for a row keeps its end, and its answer; the first token of all is never predicted.
-    labels[max(0, len(ids) - _ROW_TOKENS)] = False
-    return Row(ids[-_ROW_TOKENS:], tuple(labels[-_ROW_TOKENS:]))
+    labels[max(0, len(ids) - longest)] = False
+    return Row(ids[-longest:], tuple(labels[-longest:]))

@@ -43,6 +43,7 @@ from byheart.methods.memory.examples import (
     pieces_of,
     taken_out,
     to_learn,
+    why_nothing,
 )
 from byheart.methods.memory.states import Row, States, Upper, keep_states, states_bytes
 from byheart.methods.memory.study import study
@@ -123,6 +124,8 @@ class Memory(Closed):
         for name in ("width", "epochs", "batch", "packings", "pages", "revise_epochs"):
             if getattr(self.options, name) < 1:
                 raise UsageError(f"--set memory.{name}={getattr(self.options, name)}: must be at least 1")
+        if not self.options.lr:
+            raise UsageError("--set memory.lr=0: must be above 0")
         learn = self.options.learn
         for name, alone in (("study", "temp"), ("pages", "temp"), ("wordings", "doc")):
             value = getattr(self.options, name)
@@ -135,7 +138,7 @@ class Memory(Closed):
         self.pieces: list[Piece] = []
         self.losses: list[float] = []
         self.ordinary: list[list[int]] = []
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}  # why rows are not learnt, by id
         self.facts: list[Fact] = []  # all that hold, those that cannot be learnt among them
         self.measured: set[str] = set()
 
@@ -145,7 +148,9 @@ class Memory(Closed):
         """Train on the ledger's pages, training questions and facts; ``progress`` is told of steps as rows learnt."""
         super().learn(ledger)
         options = self.options
-        self._texts()  # what is wrong with them is said before any work
+        if options.text != MemoryOptions.text and not options.keep:
+            raise UsageError(f"--set memory.text={options.text}: says nothing while memory.keep is 0")
+        self.texts()  # what is wrong with them is said before any work
         self.facts = [] if options.learn == "doc" else list(ledger.facts())
         self.measured = to_measure(ledger)
         pieces, self.skipped = to_learn(
@@ -176,18 +181,19 @@ class Memory(Closed):
         """
         began = time.perf_counter()
         facts, measured = self._after(change)
-        now, owners = self._pieces_now(change, facts, measured)
+        now, owners, skipped = self._pieces_now(change, facts, measured)
         old = [piece for piece in self.pieces if piece.owner in owners]
         others = [piece for piece in self.pieces if piece.owner not in owners]
         gone = [piece for piece in old if piece not in now]
         new = [piece for piece in now if piece not in old]
         known = self._known_words(change) if measured != self.measured else ()
         if not gone and not new:
-            self.facts, self.measured = facts, measured
-            return LearnReport(notes=known)
+            self.facts, self.measured, self.skipped = facts, measured, skipped
+            return LearnReport(skipped=dict(Counter(skipped.values())), notes=known)
         kept = [*others, *(piece for piece in old if piece in now)]
         if not kept and not new:
-            self.pieces, self.adapters, self.facts, self.measured = [], self._fresh(), facts, measured
+            self.pieces, self.adapters = [], self._fresh()
+            self.facts, self.measured, self.skipped = facts, measured, skipped
             return self._report(time.perf_counter() - began, 0, ("nothing is left: the base model as it is",))
         away, told = self._away(gone, now, kept)
         before = self._likelihoods([*away, *told])
@@ -197,7 +203,8 @@ class Memory(Closed):
         again = [one for one, said in zip(kept, self._words(kept), strict=True) if said not in measured]
         same = [piece for piece in again if piece.lead in words]
         self._follow(trained, change, [*new, *same], away, [piece for piece in again if piece.lead not in words])
-        self.adapters, self.pieces, self.facts, self.measured = trained, [*kept, *new], facts, measured
+        self.adapters, self.pieces = trained, [*kept, *new]
+        self.facts, self.measured, self.skipped = facts, measured, skipped
         notes = (*self._what_is_left(len(gone), [*away, *told], before), *known)
         return self._report(time.perf_counter() - began, int(change.kind == "document"), notes)
 
@@ -231,7 +238,7 @@ class Memory(Closed):
         # Text takes more turns to learn than answers do.
         seen = [*pieces, *[piece for piece in pieces if piece.kind == "page"] * (options.pages - 1)]
         packings = min(options.packings, options.epochs)  # they take turns, an epoch each
-        several = [packed(self.base.tokenizer, seen, n, frame, self._pack) for n in range(packings)]
+        several = [self._packed(seen, n, frame) for n in range(packings)]
         if not several[0]:
             return Trained(), (f"nothing to learn with memory.learn={options.learn}: the base model as it is",)
         upper = Upper(self.base, self.adapters, options.place)
@@ -267,8 +274,8 @@ class Memory(Closed):
         trained = train(
             self.adapters, loss, recipe, self._folder / f"{mark}.safetensors", scaled(progress, orders.steps, count)
         )
-        for path in self._folder.glob("*.states"):
-            path.unlink()  # a training that is done needs them no more
+        for path in (*self._folder.glob("*.states"), *self._folder.glob(".*.states.*")):
+            path.unlink()  # a training that is done needs them no more, and what a kill left half written nobody does
         self.pieces, self.losses = list(pieces), trained.losses
         note = (
             f"{orders.steps} steps, {sum(len(r.ids) for r in several[0]):,} tokens an epoch; "
@@ -286,7 +293,7 @@ class Memory(Closed):
         told: list[Row] = []
         for piece in gone:
             if piece.kind == "page":
-                away += taken_out(self.base.tokenizer, piece, now)
+                away += taken_out(self.base.tokenizer, piece, now, kept, self.base.positions)
             else:
                 (told if piece.lead in answered else away).extend(self._rows([piece]))
         return away, told
@@ -294,11 +301,11 @@ class Memory(Closed):
     def _follow(
         self, trained: nn.ModuleDict, change: Change, new: Sequence[Piece], away: Sequence[Row], kept: Sequence[Piece]
     ) -> None:
-        options, tokenizer = self.options, self.base.tokenizer
+        options = self.options
         upper = Upper(self.base, trained, options.place)
         draw = random.Random(f"{self.settings.seed}/{change.mark}")
         beside = draw.sample(list(kept), min(len(kept), 4 * PACK + len(new) + len(away)))
-        learnt = packed(tokenizer, [*new, *beside], self.settings.seed, PLAIN, self._pack)
+        learnt = self._packed([*new, *beside], self.settings.seed)
         if not learnt and not away:
             return
         orders = Orders([max(len(learnt), len(away))], options.batch, options.revise_epochs, self.settings.seed)
@@ -322,8 +329,12 @@ class Memory(Closed):
             recipe = Recipe(orders.steps, options.lr / 2, options.warmup, options.decay, options.clip)
             train(trained, loss, recipe, folder / "revision.safetensors")
 
-    def _texts(self) -> Sequence[str] | None:
-        """The ordinary text to keep still, as its file stands now; what was learnt before has its rows with it."""
+    def texts(self) -> Sequence[str] | None:
+        """The ordinary text to keep still, as its file stands now; what was learnt before has its rows with it.
+
+        Raises:
+            UsageError, DataError: where ``text`` names none.
+        """
         if not self.options.keep:
             return None
         if self.options.text == "ledger":
@@ -333,7 +344,7 @@ class Memory(Closed):
     def _ordinary_rows(self) -> list[list[int]]:
         if not self.options.keep:
             return []
-        return list(text_rows(self.base, self._texts(), _ORDINARY * self.base.parts.d_ff, self.settings.seed))
+        return list(text_rows(self.base, self.texts(), _ORDINARY * self.base.parts.d_ff, self.settings.seed))
 
     def _keeping(self, upper: Upper, folder: Path) -> Callable[[int], Tensor]:
         """What a step's loss has for moving what the base says about ordinary text: a row of it, drawn by the step."""
@@ -365,7 +376,11 @@ class Memory(Closed):
 
     def _rows(self, pieces: Sequence[Piece]) -> list[Row]:
         """Each piece in rows of its own."""
-        return [row for piece in pieces for row in packed(self.base.tokenizer, [piece], 0)]
+        return [row for piece in pieces for row in self._packed([piece], 0)]
+
+    def _packed(self, pieces: Sequence[Piece], seed: int, frame: Frame = PLAIN) -> list[Row]:
+        pack = 1 if self.settings.chat else PACK
+        return packed(self.base.tokenizer, pieces, seed, frame, pack, self.base.positions)
 
     def _likelihoods(self, rows: Sequence[Row], *, plain: bool = False) -> list[float]:
         """Of each row, the geometric mean probability of a token that is to be predicted."""
@@ -408,6 +423,7 @@ class Memory(Closed):
     def _words(self, pieces: Sequence[Piece]) -> list[str]:
         """The words of what is learnt, as :func:`as_measured` gives those of questions."""
         before, after = self._asking().prompt(_PLACE).split(_PLACE, 1)
+        after = after.removeprefix("?")  # which only those questions get that end in no mark of their own
         asked = (piece.lead.removeprefix(before).partition(CHOICES)[0].removesuffix(after) for piece in pieces)
         return [as_measured(one) for one in asked]
 
@@ -425,29 +441,38 @@ class Memory(Closed):
 
     def _pieces_now(
         self, change: Change, facts: Sequence[Fact], measured: Container[str]
-    ) -> tuple[list[Piece], set[str]]:
-        """What there is to learn of the rows that a change touches, and what these rows' pieces are known by.
+    ) -> tuple[list[Piece], set[str], dict[str, str]]:
+        """What there is to learn of the rows that a change touches, what these rows' pieces are known by, and why not.
 
         A fact that comes or goes can touch others: duplicates, and other objects for the same subject and prompt.
         """
         learn, owners = self.options.learn, {owner_of(change.kind, change.id)}
+        skipped = {id: why for id, why in self.skipped.items() if id != change.id}
         rows: list[LedgerRow] = [] if change.after is None else [change.after]
-        if learn == "temp" if change.kind == "document" else learn == "doc":
+        not_learnt = learn == "temp" if change.kind == "document" else learn == "doc"
+        if not_learnt or (isinstance(change.after, Question) and change.after.split != "train"):
             rows = []
         elif change.kind == "fact":
             # What was learnt when, and not what would have been today: some have begun or ceased to hold since.
             there = {piece.owner for piece in self.pieces}
             was = {fact.id: fact for fact in self.facts if owner_of("fact", fact.id) in there}
-            is_now = {fact.id: fact for fact in choose_facts(facts, dt.date.today())[0]}
+            chosen, why = choose_facts(facts, dt.date.today())
+            is_now = {fact.id: fact for fact in chosen}
             touched = {id for id in was.keys() | is_now.keys() if was.get(id) != is_now.get(id)}
             owners |= {owner_of("fact", id) for id in touched}
             rows = [is_now[id] for id in sorted(touched & is_now.keys())]
-        found = [piece for row in rows for piece in pieces_of(row, self._asking(), self.options.wordings, measured)]
+            skipped = {id: why for id, why in skipped.items() if id not in touched} | why
+        found: list[Piece] = []
+        for row in rows:
+            pieces = list(pieces_of(row, self._asking(), self.options.wordings, measured))
+            if not pieces:
+                skipped[row.id] = why_nothing(row)
+            found += pieces
         if change.kind == "document" and found:
             old = [piece for piece in self.pieces if piece.owner in owners]
             # Of a page that says what it said, what it was studied by stays as well.
             found += [piece for piece in old if piece not in found] if found[0] in old else self._studied(rows)
-        return found, owners
+        return found, owners, skipped
 
     def _studied(
         self, documents: Iterable[LedgerRow], progress: Progress = lambda count: None, count: int = 0
@@ -485,10 +510,6 @@ class Memory(Closed):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    @property
-    def _pack(self) -> int:
-        return 1 if self.settings.chat else PACK
-
     def _asking(self) -> PromptFormat:
         return PromptFormat(self.base.tokenizer, (), chat=self.settings.chat)
 
@@ -515,7 +536,7 @@ class Memory(Closed):
             config = lora_config(self.base, modules, len(next(self.adapters.parameters())))
         write_json(folder / CONFIG, config)
         own = {"blocks": self.blocks, "options": asdict(self.options), "losses": self.losses, "ordinary": self.ordinary}
-        write_json(folder / f"{self.name}.json", own | {"measured": sorted(self.measured)})
+        write_json(folder / f"{self.name}.json", own | {"measured": sorted(self.measured), "skipped": self.skipped})
         write_text(folder / _FACTS, "".join(fact.model_dump_json() + "\n" for fact in self.facts))
         write_text(folder / _PIECES, "".join(piece.model_dump_json() + "\n" for piece in self.pieces))
 
@@ -541,6 +562,7 @@ class Memory(Closed):
             method.pieces = [Piece.model_validate(row) for _, row in read_objects(path / _PIECES)]
             method.facts = [Fact.model_validate(row) for _, row in read_objects(path / _FACTS)]
             method.measured = set(map(str, record["measured"]))
+            method.skipped = {str(id): str(why) for id, why in record.get("skipped", {}).items()}
             method.losses = [float(one) for one in record["losses"]]
             method.ordinary = [list(map(int, ids)) for ids in record.get("ordinary", [])]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ValidationError) as error:
