@@ -166,6 +166,14 @@ def test_a_store_gives_back_what_was_put(tiny, tmp_path):
     assert store.get(path, like) is None
     with pytest.raises(DataError, match="GiB may be filled"):
         store.check_room(shutil.disk_usage(tmp_path).total * 2)
+    for precision in ("model", "int8"):  # what a passage of few columns takes is mostly scales and names
+        store = Store(tmp_path, precision)
+        fixed, column = store.sizes(kv.read(base, [[0]])[0])
+        for text in ("Vell", TEXTS[0]):
+            one = kv.read(base, [ids_of(base, text)])[0]
+            path = store.path("size", text)
+            store.put(path, one)
+            assert path.stat().st_size == pytest.approx(fixed + column * one.columns, rel=0.03)
 
 
 @pytest.fixture
@@ -211,7 +219,7 @@ def test_what_is_on_disk_answers_alike_and_follows_the_ledger(tiny, small, tmp_p
     assert files == {path: path.stat().st_mtime_ns for path in files}  # nothing is read again
 
     def plain(answers):
-        return [(a.text, a.evidence, pytest.approx(a.reference, abs=1e-6)) for a in answers]
+        return [(a.text, a.evidence, pytest.approx(a.reference, abs=1e-5)) for a in answers]
 
     # What is on disk is used: while asking, only the other one reads its head and the passages.
     calls = []
@@ -345,8 +353,6 @@ def test_blending_and_bad_options(tiny, small, tmp_path, monkeypatch):
         patch.setattr("byheart.methods.prefix.learnt.BLENDED", 4)
         with pytest.raises(DataError, match="the second of 4 blocks or more; llama has 3"):
             Prefix(base, Settings(k=2, options={"prefix.blend": "0.5"}), tmp_path)
-    with pytest.raises(DataError, match="sliding windows"):
-        blended(tiny("mistral"), None, [], [], 0.5)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     full = Prefix(base, Settings(options={"prefix.store": "disk"}), tmp_path / "full")
     for work in (full.estimate, full.learn):
@@ -568,7 +574,7 @@ def test_attention_that_cannot_be_replaced_compresses_nothing(tiny, tmp_path):
 def test_heads_begin_at_real_text_and_emit_for_each_passage(tiny, minilm):
     base = tiny("qwen3")
     begin = slots.chosen_columns(kv.read(base, [ids_of(base, TEXTS[0])])[0], 5)
-    one = heads.Heads(begin, minilm.card.dim, 0)
+    one = heads.Heads(begin, minilm.card.dim, 64, 0)
     passages = [Passage(f"p{n}", "", text, 0, len(text)) for n, text in enumerate(TEXTS)]
     for (key, value), a, b in zip(heads.emitted(base, one, minilm, passages), begin.keys, begin.values, strict=True):
         assert torch.equal(key, a.expand_as(key)) and torch.equal(value, b.expand_as(value))

@@ -537,6 +537,70 @@ def test_examples_that_are_shown_are_read_whole_before_passages_that_are_not(tin
     assert answer.reference == pytest.approx(plain.options[0], abs=1e-5)
 
 
+def test_how_well_a_passage_was_found_says_nothing_of_what_it_is(tiny, ledger, tmp_path, monkeypatch):
+    """A page more moves all scores, and must not train anew, nor count a passage twice."""
+    method = prefix(tiny("llama"), tmp_path, slots=2, epochs=1)
+    method.learn(ledger)
+    (kept,) = tmp_path.glob("learnt-*.safetensors")
+    plain = type(method._retriever).retrieve
+    monkeypatch.setattr(
+        type(method._retriever),
+        "retrieve",
+        lambda *given: [[replace(p, score=p.score * (1 + 1e-6)) for p in some] for some in plain(*given)],
+    )
+    again = prefix(tiny("llama"), tmp_path, slots=2, epochs=1)
+    again.learn(ledger)
+    assert [*tmp_path.glob("learnt-*.safetensors")] == [kept]
+    one = Passage("d", "", "Text.", 0, 5, 0.5)
+    assert len({one, replace(one, score=0.7)}) == 1
+
+
+def test_where_no_question_names_a_document_what_is_found_is_learnt_from(tiny, tmp_path):
+    ledger = Ledger(tmp_path / "open.db", create=True)
+    ledger.insert(Document(id=name, text=text) for name, text in PAGES.items())
+    asked = [Question(id=f"t{n}", question=q, answers=[a], split="train") for n, (q, a, *_) in enumerate(ASKED)]
+    lost = Question(id="lost", question="Who lives at the quay?", answers=["nobody"], split="train")
+    ledger.insert([*asked, lost])
+    method = prefix(tiny("llama"), tmp_path, slots=2, epochs=1)
+    report = method.learn(ledger)
+    assert report.skipped == {"no passage holds its answer": 1} and report.notes[-1].startswith("4 questions to learn")
+
+
+def test_what_would_do_nothing_or_could_not_be_is_refused(tiny, ledger, tmp_path):
+    llama, gpt2 = tiny("llama"), tiny("gpt2")
+    for options, why in (
+        ({"slots": 2, "lr": 0}, "prefix.lr=0: must be above 0"),
+        ({"slots": 2, "width": 64}, "prefix.width=64: needs prefix.encoder=text"),
+        ({"encoder": "text", "width": 62}, "prefix.width=62: must be a multiple of 4"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            prefix(llama, tmp_path, **options)
+    several = {"prefix.passages": "none", "prefix.slots": "2"}
+    with pytest.raises(UsageError, match=r"prefix.blend=0.5: blends several passages; there are none here"):
+        Prefix(llama, Settings(shots=0, k=2, options=several | {"prefix.blend": "0.5"}), tmp_path)
+    Prefix(gpt2, Settings(shots=0, k=3, options=several), tmp_path)  # it stands behind no passage at all
+    with pytest.raises(DataError, match="has sliding windows; use prefix.blend=0"):
+        Prefix(tiny("mistral"), Settings(shots=0, k=2, options={"prefix.blend": "0.5"}), tmp_path)
+    bare = Ledger(tmp_path / "bare.db", create=True)
+    bare.insert([Document(id="quay", text=PAGES["quay"])])
+    for options in ({"interpolate": 0.5}, {"demonstrations": 1}):
+        with pytest.raises(DataError, match="go by training questions with answers, and the ledger has none"):
+            prefix(llama, tmp_path / "bare", **options).learn(bare)
+    bare.insert([Question(id="t", question="Who lit it?", answers=["Ann"], split="train")])
+    with pytest.raises(DataError, match="and none was found for any"):
+        prefix(llama, tmp_path / "bare", demonstrations=1).learn(bare)
+    empty = Ledger(tmp_path / "empty.db", create=True)
+    empty.insert([Question(id="t", question="Who lit it?", answers=["Ann"], split="train")])
+    with pytest.raises(DataError, match="prefix.begin=pages, and the ledger has no document"):
+        prefix(llama, tmp_path / "empty", passages="none", slots=2, begin="pages").learn(empty)
+
+
+def test_what_training_puts_on_disk_is_said_before(tiny, ledger, tmp_path):
+    said = prefix(tiny("llama"), tmp_path, slots=2).estimate(ledger)
+    assert said.startswith("prefix: up to 4 passages of about") and said.endswith("on disk while training lasts")
+    assert prefix(tiny("llama"), tmp_path).estimate(ledger) is None
+
+
 def test_hard_questions_count_more(tiny, ledger, tmp_path):
     like = "In which year was the lamp lit?"
     ledger.insert([Question(id="t9", question=like, answers=["1931"], documents=["quay"], split="train")])

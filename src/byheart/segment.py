@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from tokenizers import Tokenizer
@@ -21,14 +21,18 @@ _CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A stretch of a document: ``text`` is the document's text[start:end]; ``score`` is set where it was retrieved."""
+    """A stretch of a document: ``text`` is the document's text[start:end].
+
+    ``score`` says how well it was found, where it was, and nothing of what it is: what is kept of a passage, or trained
+    behind it, must not depend on the last digit of that.
+    """
 
     document: str
     title: str
     text: str
     start: int
     end: int
-    score: float = 0.0
+    score: float = field(default=0.0, compare=False, repr=False)
 
     def overlaps(self, other: Passage, share: float = 0.5) -> bool:
         """Whether the two cover the same source by at least ``share`` of the shorter one."""

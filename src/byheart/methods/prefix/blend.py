@@ -11,8 +11,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from byheart.attention import fast_attention
 from byheart.base import Base
-from byheart.decode import slides
-from byheart.errors import DataError
 from byheart.kv import KV, begun, joined
 from byheart.surgery import stopped_at
 
@@ -36,18 +34,13 @@ class _Scattered(DynamicLayer):  # type: ignore[misc]
 
 
 def blended(base: Base, head: KV | None, blocks: Sequence[KV], ids: Sequence[Sequence[int]], share: float) -> KV:
-    """All blocks as one, with the tokens that the other blocks change most read again.
+    """All blocks as one, with the tokens that the other blocks change most read again; no model with sliding windows.
 
     Args:
         blocks: each read alone behind ``head``, and placed one behind the other.
         ids: their tokens.
         share: of the tokens behind the first block, which needs no second reading.
-
-    Raises:
-        DataError: for a model with sliding windows.
     """
-    if slides(base.model.config):
-        raise DataError(f"prefix.blend: {base.name} has sliding windows; use prefix.blend=0")
     whole = joined(blocks)
     first = blocks[0].columns
     count = round(share * (whole.columns - first))

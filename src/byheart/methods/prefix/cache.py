@@ -109,7 +109,8 @@ class Cache:
             there += path.stat().st_size if path.exists() else 0
             if len(tokens) < _LOOKED_AT:
                 tokens.append(self.columns(passage) if columns is None else columns)
-        each = round(sum(tokens) / max(len(tokens), 1) * self.files.column_bytes(kv.read(self.base, [[0]])[0]))
+        fixed, column = self.files.sizes(kv.read(self.base, [[0]])[0])
+        each = round(fixed + column * sum(tokens) / max(len(tokens), 1))
         return count, each, there
 
 

@@ -20,9 +20,7 @@ from byheart.prompt import PromptFormat
 from byheart.retrieve import searchable
 from byheart.segment import Passage
 
-# Width of what all blocks' heads read: a head from the encoder's states to every block at once would be far larger.
-_RANK = 256
-_ATTENTION_HEADS = 4
+ATTENTION_HEADS = 4
 # Tokens read at once.
 _READ = 4_096
 
@@ -34,23 +32,25 @@ class Heads(nn.Module):
     that real column. So training begins at the base model behind a text that it knows, and not at noise in its cache.
     """
 
-    def __init__(self, begin: KV, dim: int, seed: int, text: nn.Module | None = None) -> None:
+    def __init__(self, begin: KV, dim: int, width: int, seed: int, text: nn.Module | None = None) -> None:
         """Take the columns of real text, the width of the encoder's states and what weights are drawn from.
 
         Args:
+            width: of what all blocks' heads read: a head from the encoder's states to every block at once would be far
+                larger.
             text: a copy of the encoder's model that is trained along; None where the encoder stays as it is.
         """
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.queries = nn.Parameter(torch.randn(begin.columns, _RANK))
-            self.inward = nn.Linear(dim, _RANK)
-            self.look = nn.MultiheadAttention(_RANK, _ATTENTION_HEADS, batch_first=True)
-            self.norm = nn.LayerNorm(_RANK)
-            self.mix = nn.Sequential(nn.Linear(_RANK, 2 * _RANK), nn.GELU(), nn.Linear(2 * _RANK, _RANK))
+            self.queries = nn.Parameter(torch.randn(begin.columns, width))
+            self.inward = nn.Linear(dim, width)
+            self.look = nn.MultiheadAttention(width, ATTENTION_HEADS, batch_first=True)
+            self.norm = nn.LayerNorm(width)
+            self.mix = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
             pairs = zip(begin.keys, begin.values, strict=True)
             self.out = nn.ModuleList(
-                nn.Linear(_RANK, key.shape[0] * (key.shape[2] + value.shape[2])) for key, value in pairs
+                nn.Linear(width, key.shape[0] * (key.shape[2] + value.shape[2])) for key, value in pairs
             )
         self.gates = nn.Parameter(torch.zeros(len(begin.keys), 2))
         self.real = Slots(begin)
@@ -62,7 +62,7 @@ class Heads(nn.Module):
         return int(self.queries.shape[0])
 
     def find(self, states: Tensor, mask: Tensor) -> Tensor:
-        """What the queries find (rows, n, 256) in token states (rows, tokens, dim) with their mask."""
+        """What the queries find (rows, n, width) in token states (rows, tokens, dim) with their mask."""
         inside = self.inward(states.float())
         asked = self.queries[None].expand(len(states), -1, -1)
         seen, _ = self.look(asked, inside, inside, key_padding_mask=~mask.bool(), need_weights=False)
@@ -117,7 +117,7 @@ def emitted(base: Base, heads: Heads, encoder: Encoder, passages: Sequence[Block
 
 
 def looked_up(heads: Heads, encoder: Encoder, passages: Sequence[Block]) -> Tensor:
-    """What the heads' queries find in passages (rows, n, 256), with gradients to the heads."""
+    """What the heads' queries find in passages (rows, n, width), with gradients to the heads."""
     texts = [_text(passage) for passage in passages]
     if heads.text is not None:
         return heads.find(*replace(encoder, model=heads.text).states(texts))

@@ -16,7 +16,7 @@ from torch import nn
 from byheart import __version__, kv
 from byheart.attention import replaceable
 from byheart.base import Base, digest_of
-from byheart.decode import token_ids
+from byheart.decode import slides, token_ids
 from byheart.errors import DataError, UsageError
 from byheart.kv import KV
 from byheart.ledger import Ledger
@@ -27,7 +27,7 @@ from byheart.methods.prefix.behind import Sample, shared, side_by_side
 from byheart.methods.prefix.blend import BLENDED
 from byheart.methods.prefix.cache import Block, Cache
 from byheart.methods.prefix.compress import Compressed
-from byheart.methods.prefix.heads import Emitted, Heads, looked_up
+from byheart.methods.prefix.heads import ATTENTION_HEADS, Emitted, Heads, looked_up
 from byheart.methods.prefix.instances import NEAREST, Instances, hardness
 from byheart.methods.prefix.marginal import Turn, learn_turn
 from byheart.methods.prefix.select import Likely, Selected, fit_likely
@@ -59,7 +59,7 @@ from byheart.training import Orders, Recipe, steps_done
 
 # Options that only some encoders of passages know.
 _ONLY = {
-    "columns": ("selected", "compressed", "text"), "fit": ("tokens",), "rank": ("tokens",),
+    "columns": ("selected", "compressed", "text"), "fit": ("tokens",), "rank": ("tokens",), "width": ("text",),
     "tune_encoder": ("text",), "vicreg": ("text",), "demonstrations": ("cache", "selected", "compressed", "tokens"),
 }  # fmt: skip
 # What only training asks for.
@@ -88,6 +88,7 @@ class PrefixOptions:
         columns: of a passage, with ``selected``, ``compressed`` and ``text``.
         fit: passages of the ledger that the heads of ``tokens`` are fitted to, drawn by the seed.
         rank: of what training, with ``slots``, changes in these heads; 0: they stay as they are fitted.
+        width: with ``text``, of what its heads make keys and values from.
         tune_encoder: with ``text``, train a copy of the text encoder along, in steps a hundred times smaller.
         distil, vicreg, fair, wrong: weights of what training adds to cross-entropy, see
             :class:`byheart.methods.prefix.tuning.Terms`.
@@ -114,6 +115,7 @@ class PrefixOptions:
     columns: int = 16
     fit: int = 1000
     rank: int = 64
+    width: int = 256
     tune_encoder: bool = False
     distil: float = 0.0
     vicreg: float = 0.0
@@ -147,9 +149,13 @@ class Learnt(Context):
         for name in ("blend", "interpolate"):
             if getattr(options, name) > 1:
                 raise UsageError(f"--set prefix.{name}={getattr(options, name)}: must be a share, at most 1")
-        for name in ("epochs", "batch", "columns", "fit"):
+        for name in ("epochs", "batch", "columns", "fit", "width"):
             if getattr(options, name) < 1:
                 raise UsageError(f"--set prefix.{name}={getattr(options, name)}: must be at least 1")
+        if not options.lr:
+            raise UsageError("--set prefix.lr=0: must be above 0")
+        if options.width % ATTENTION_HEADS:
+            raise UsageError(f"--set prefix.width={options.width}: must be a multiple of {ATTENTION_HEADS}")
         if options.passages == "none" and not options.slots:
             raise UsageError("--set prefix.passages=none: leaves nothing to answer from; learn some with prefix.slots")
         if options.encoder != "cache" and (options.blend or options.passages == "none"):
@@ -174,12 +180,14 @@ class Learnt(Context):
             raise DataError(
                 f"{self.name}: the attention of {base.name} cannot be replaced, so that no passage can be compressed"
             )
+        if options.blend and slides(base.model.config):
+            raise DataError(f"{self.name}: {base.name} has sliding windows; use prefix.blend=0")
         if options.blend and len(base.parts.blocks) < BLENDED:
             raise DataError(
                 f"{self.name}: prefix.blend looks at the second of {BLENDED} blocks or more; {base.name} has "
                 f"{len(base.parts.blocks)}"
             )
-        if (settings.k > 1 or options.demonstrations) and self._rotation is None:
+        if self._several(settings) and self._rotation is None:
             raise DataError(
                 f"{self.name}: {base.name} cannot have keys moved to another position, so that several passages cannot "
                 "stand behind each other; use --k 1 and no prefix.demonstrations"
@@ -195,6 +203,11 @@ class Learnt(Context):
         self.turn: Turn | None = None
         self.instances: Instances | None = None
 
+    def _several(self, settings: Settings) -> bool:
+        """Whether several blocks can stand before a question."""
+        options = self.options
+        return (settings.k > 1 and options.passages == "retrieved") or options.demonstrations > 0
+
     def _check_options(self, settings: Settings) -> None:
         """What would silently do nothing is refused."""
         options = self.options
@@ -205,8 +218,9 @@ class Learnt(Context):
             if getattr(options, name) != getattr(PrefixOptions, name) and options.encoder not in encoders:
                 needed = " or ".join(f"prefix.encoder={encoder}" for encoder in encoders)
                 raise UsageError(f"--set prefix.{name}={settings.options[f'prefix.{name}']}: needs {needed}")
-        if options.blend and settings.k == 1 and not options.demonstrations:
-            raise UsageError(f"--set prefix.blend={options.blend}: blends several passages; use --k 2 or more")
+        if options.blend and not self._several(settings):
+            instead = "use --k 2 or more" if options.passages == "retrieved" else "there are none here"
+            raise UsageError(f"--set prefix.blend={options.blend}: blends several passages; {instead}")
         if options.precision != "model" and not self._keeps and not self._trains:
             raise UsageError(f"--set prefix.precision={options.precision}: nothing is on disk; use prefix.store=disk")
         for name in () if self._trains else _TRAINING:
@@ -427,7 +441,8 @@ class Learnt(Context):
         ]
         return [
             replace(
-                lesson(self.base, self.form, question, question.answers[0], [passage], self.options.fair_by),
+                lesson(self.base, self.form, question, question.answers[0], [passage]),
+                group="",  # the model's own questions are no group of the ledger's
                 shown=shown,
                 weight=weight,
             )
@@ -441,9 +456,11 @@ class Learnt(Context):
         began = time.perf_counter()
         k, seed = self.options.realm, self.settings.seed
         self.turn = self._retriever.turn = None  # learnt anew, from passages found without it, by a reader without it
-        asked, _ = to_learn_from(ledger, self.form)
+        asked, left_out = to_learn_from(ledger, self.form)
         ranked = self._retriever.retrieve([question.question for question in asked], k)
         pairs = [(question, hits) for question, hits in zip(asked, ranked, strict=True) if len(hits) == k]
+        if few := len(asked) - len(pairs):
+            left_out[f"fewer than {k} passages are found"] = few
         if not pairs:
             raise DataError(f"prefix.realm: the ledger has no training question for which {k} passages are found")
         found = [
@@ -473,7 +490,8 @@ class Learnt(Context):
         self._retriever.turn = self.turn.turned
         course = trained.course(self.options.epochs)
         note = f"the retriever learnt from {len(pairs)} questions with {k} passages each; {course}"
-        return replace(report, seconds=time.perf_counter() - began, notes=(note,))
+        seconds, skipped = time.perf_counter() - began, left_out | report.skipped
+        return replace(report, seconds=seconds, skipped=skipped, notes=(note,))
 
     def beside(self, questions: Sequence[Question]) -> list[Beside]:
         """Of each question the nearest instances to show, the nearest last, and how much it counts in training."""
@@ -503,7 +521,7 @@ class Learnt(Context):
             return None
         begin = chosen_columns(self._begin(), options.columns)
         own = deepcopy(self.encoder.model).float().requires_grad_(True) if options.tune_encoder else None
-        return Heads(begin, self.encoder.card.dim, self.settings.seed, own)
+        return Heads(begin, self.encoder.card.dim, options.width, self.settings.seed, own)
 
     def _batch(self, some: Sequence[Lesson], heads: Heads | None) -> Batch:
         """Lessons behind what is being learnt: slots before all, and columns in the place of the passages."""
@@ -535,6 +553,8 @@ class Learnt(Context):
             for _, passage in self._retriever.index.all_passages():
                 if len(ids) < _BEGIN:
                     ids += token_ids(tokenizer, searchable(passage) + "\n\n", beginning=False)
+            if not len(self._retriever.index):
+                raise DataError(f"{self.name}: prefix.begin=pages, and the ledger has no document")
         else:
             shown, _, _ = PromptFormat(tokenizer, self.form.examples or FORM_EXAMPLES).pieces("", ())
             ids = token_ids(tokenizer, shown, beginning=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -57,11 +57,11 @@ class Prefix(Learnt):
         Raises:
             DataError: where it would fill the disk.
         """
-        if not self._keeps:
-            return None
-        self.form = self._draw(ledger)  # what passages are kept behind, and so what there is of them
         columns = None if self.options.encoder in ("cache", "tokens") else self.options.columns
         passages = segment(ledger.documents(), self.encoder.splitter, self.settings.segment)
+        if not self._keeps:
+            return self._estimate_of_training(ledger, passages, columns)
+        self.form = self._draw(ledger)  # what passages are kept behind, and so what there is of them
         if self.options.encoder in ("cache", "compressed"):
             count, each = self._check_room(self.cache, passages, columns)
         else:  # others are known by what is yet to be learnt: what is there of them will be seen then
@@ -69,6 +69,20 @@ class Prefix(Learnt):
             if not self._files.holds():
                 self._files.check_room(each * count)
         return f"prefix: {count:,} passages of about {each / 1e6:.2f} MB, {each * count / 1e9:.2f} GB on disk"
+
+    def _estimate_of_training(self, ledger: Ledger, passages: Iterable[Passage], columns: int | None) -> str | None:
+        """What training will read from disk, at most: it goes again once training is done."""
+        whole = self.options.distil > 0
+        if not self._trains or not self._searches or (self._moves and not whole):
+            return None
+        self.form = self._draw(ledger)
+        asked = sum(self.settings.k for _ in ledger.questions(["train"]))
+        count, each, _ = self.whole.size(passages, None if whole else columns)
+        count = min(count, asked)
+        return (
+            f"prefix: up to {count:,} passages of about {each / 1e6:.2f} MB, {each * count / 1e9:.2f} GB on disk while "
+            "training lasts"
+        )
 
     def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
         """Index the ledger's documents; train what is to be learnt; with ``store=disk`` read every passage.
@@ -98,6 +112,7 @@ class Prefix(Learnt):
             shown = {normalize(example.question) for example in self.form.examples}
             asked = [one for one in ledger.questions(["train"]) if normalize(one.question) not in shown]
             self.instances = Instances(self.encoder, instances_of(asked, self._retriever))
+            self._check_instances(self.instances)
         if self._trains:
             report = self._tune(ledger, pairs, report, learning)
             seconds, notes = seconds + report.seconds, (*notes, *report.notes)
@@ -214,6 +229,18 @@ class Prefix(Learnt):
             changed = replace(found[n], choice=best) if questions[n].choices else replace(found[n], text=best)
             found[n] = replace(changed, seconds=changed.seconds + one.seconds)
         return found
+
+    def _check_instances(self, instances: Instances) -> None:
+        if not instances.all:
+            raise DataError(
+                f"{self.name}: prefix.hard, demonstrations and interpolate go by training questions with answers, and "
+                "the ledger has none"
+            )
+        if self.options.demonstrations and not any(one.example.passage for one in instances.all.values()):
+            raise DataError(
+                f"{self.name}: prefix.demonstrations shows training questions with passages that hold their answers, "
+                "and none was found for any"
+            )
 
     def _follow_instances(self, change: Change) -> None:
         if self.instances is None:

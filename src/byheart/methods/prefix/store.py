@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from byheart.kv import KV
@@ -39,11 +39,15 @@ class Store:
 
     def put(self, path: Path, kv: KV) -> None:
         """Write by rename."""
+        kept, about = self._packed(kv)
+        with replacing(path) as temporary:
+            save_file(kept, temporary, about)
+
+    def _packed(self, kv: KV) -> tuple[dict[str, Tensor], dict[str, str]]:
         kept: dict[str, Tensor] = {}
         for number, (key, value) in enumerate(zip(kv.keys, kv.values, strict=True)):
             kept |= _packed(f"k{number}", key, 1, self.precision) | _packed(f"v{number}", value, 2, self.precision)
-        with replacing(path) as temporary:
-            save_file(kept, temporary, {"start": str(kv.start), "end": str(kv.end), "layers": str(len(kv.keys))})
+        return kept, {"start": str(kv.start), "end": str(kv.end), "layers": str(len(kv.keys))}
 
     def get(self, path: Path, like: Tensor) -> KV | None:
         """What was put there, on the device and in the type of ``like``; None where nothing whole is."""
@@ -61,13 +65,15 @@ class Store:
             int(about["end"]),
         )
 
-    def column_bytes(self, one: KV) -> float:
-        """What one column takes on disk, going by those of ``one``."""
-        if self.precision == "model":
-            return one.bytes / one.columns
-        numbers = sum(tensor.numel() for tensor in (*one.keys, *one.values))
-        heads = sum(value.shape[0] for value in one.values)
-        return numbers / one.columns + 4 * heads  # a scale for each column of values; those of keys are few
+    def sizes(self, one: KV) -> tuple[int, int]:
+        """What any passage takes on disk in bytes, and what each of its columns adds.
+
+        Args:
+            one: a column of the same model's.
+        """
+        keys, values = (tuple(torch.cat([x, x], 1) for x in some) for some in (one.keys, one.values))
+        alone, two = (len(save(*self._packed(kv))) for kv in (one, KV(keys, values, one.start, one.end + 1)))
+        return 2 * alone - two, two - alone
 
     def holds(self) -> bool:
         """Whether there is anything."""

@@ -101,9 +101,16 @@ def held(
     They are the first ``k`` that are found, as when questions are asked. Where none of these holds an answer, a window
     of the question's own document that does takes the place of one that the seed draws, so that no place gives the
     answer away; where there is no such window, or the question names no document, it has none.
+
+    Where no question at all names a document, as in NQ-open, a question stands behind what is found for it where that
+    holds an answer.
     """
     asked, left_out = to_learn_from(ledger, form)
     named = [question for question in asked if question.documents]
+    if asked and not named:
+        hits = retriever.retrieve([question.question for question in asked], k)
+        pairs = zip(asked, map(tuple, hits), strict=True)
+        return [(one, there if any(holds(hit, one) for hit in there) else ()) for one, there in pairs], left_out
     ranked = iter(retriever.retrieve([question.question for question in named], k) if named else [])
     found = []
     for question in asked:
@@ -139,8 +146,9 @@ def lessons(
         beside: what stands beside each question.
         by: the attribute that groups are of.
     """
+    named = any(question.documents for question, _ in pairs)
     left_out = Counter(
-        "no passage holds its answer" if question.documents else "names no document"
+        "names no document" if named and not question.documents else "no passage holds its answer"
         for question, passages in pairs
         if not passages and needed
     )
