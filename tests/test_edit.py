@@ -59,6 +59,7 @@ TINY = {
     "edit.layers": "0-1",
     "edit.weight": "0.01",
     "edit.settle": "0",
+    "edit.settle_runs": "1",
 }
 
 
@@ -221,6 +222,27 @@ def test_an_old_fact_that_a_new_one_pushes_off_is_settled_again(base, tmp_path, 
             (change,) = ledger.history(new.id)
         method.revise(change)
         assert torch.equal(method.shifts[:2], shifts) == kept
+
+
+def test_new_facts_settle_several_times_and_the_mean_is_taken(base, tmp_path, monkeypatch):
+    found, told = [], []
+
+    def kept(*given, settle=settle_module.settle):
+        found.append((given[9], settle(*given)))
+        return found[-1][1]
+
+    monkeypatch.setattr("byheart.methods.edit.guard.unsaid", lambda base, facts: [])
+    monkeypatch.setattr("byheart.methods.edit.method.settle", kept)
+    once = learnt(base, tmp_path, settle=2).shifts
+    given = TINY | {"edit.settle": "2", "edit.settle_runs": "3"}
+    method = Edit(base, Settings(shots=0, options=given), tmp_path / "work")
+    with ledger_of(tmp_path, FACTS) as ledger:
+        method.learn(ledger, told.append)
+    assert [seed for seed, _ in found] == ["0", "0", "0+1", "0+2"]
+    one, *three = (moved for _, (moved, _) in found)
+    assert torch.equal(one, three[0]) and not torch.equal(three[0], three[1])  # the first is the one of before
+    assert torch.allclose(method.shifts, torch.stack(three).mean(0)) and not torch.allclose(method.shifts, once)
+    assert sum(told) == len(FACTS)
 
 
 def test_what_does_not_hold_once_all_have_settled_settles_once_more(base, tmp_path, monkeypatch):

@@ -109,8 +109,9 @@ class Edit(ChangedWeights):
             raise UsageError(f"--set edit.steps={self.options.steps}: must be at least 2")
         if self.options.settle_from > 1:
             raise UsageError(f"--set edit.settle_from={self.options.settle_from}: must be at most 1")
-        if self.options.settle_held < 1:
-            raise UsageError(f"--set edit.settle_held={self.options.settle_held}: must be at least 1")
+        for name in ("settle_held", "settle_runs"):
+            if getattr(self.options, name) < 1:
+                raise UsageError(f"--set edit.{name}={getattr(self.options, name)}: must be at least 1")
         if self.options.energy >= 1:
             raise UsageError(f"--set edit.energy={self.options.energy}: must be below 1")
         self.layers = choose_layers(base, self.options.layers)
@@ -263,8 +264,8 @@ class Edit(ChangedWeights):
         """What each fact is to add beyond what its target says, and what is written with it.
 
         New facts are settled beside all others, and with them those of the others that no longer hold, and whatever
-        shares a change with these; then again what does not hold by then, as long as that is not the same as before.
-        What leaves the fewest is kept.
+        shares a change with these, several times with other draws, of which the mean is taken; then again what does not
+        hold by then, as long as that is not the same as before. What leaves the fewest is kept.
         """
         if not prepared:
             return shifts, Written()
@@ -279,19 +280,25 @@ class Edit(ChangedWeights):
             chosen = {groups[n] for n in fresh | lost}
             places = [n for n, group in enumerate(groups) if group in chosen]
             options = asdict(self.options) | {"text": self._source}  # what it says, and not where it lies
+            runs = options.pop("settle_runs")
+            runs = runs if fresh else 1
             made_with = [
                 VERSION, self.base.hash, str(self.base.dtype), options, self.layers, self.prefixes,
                 self._standing(facts, z, shifts), places,
                 self._standing(self.facts, self.z, self.shifts) if past else None, sorted(fresh),
             ]  # fmt: skip
-            store = self.work / "edit" / f"settling-{fingerprint(*made_with)}.safetensors"
-            began = time.perf_counter()
-            found, trained = settle(
-                self.base, prepared, written, groups, places, fresh, self.text, self.names, self.options,
-                self.settings.seed, store, scaled(progress, len(places), len(fresh)),
-            )  # fmt: skip
-            self._earlier[store.name] = max(0.0, trained.seconds - (time.perf_counter() - began))
-            shifts = shifts + found[groups]
+            tell, found = scaled(progress, runs * len(places), len(fresh)), []
+            for run in range(runs):
+                seed = f"{self.settings.seed}+{run}" if run else str(self.settings.seed)
+                store = self.work / "edit" / f"settling-{fingerprint(*made_with, seed)}.safetensors"
+                began = time.perf_counter()
+                moved, trained = settle(
+                    self.base, prepared, written, groups, places, fresh, self.text, self.names, self.options, seed,
+                    store, tell,
+                )  # fmt: skip
+                self._earlier[store.name] = max(0.0, trained.seconds - (time.perf_counter() - began))
+                found.append(moved)
+            shifts = shifts + torch.stack(found).mean(0)[groups]
             written = _as_kept(written.shifted(shifts, groups))
             before, fresh, lost = None if fresh else lost, set(), self._lost(facts, written)
             if best is None or len(lost) < len(best[0]):

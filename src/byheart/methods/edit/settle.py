@@ -52,6 +52,8 @@ class SettleOptions:
 
     Attributes:
         settle: epochs at least; 0: as published, each fact's residuals follow from its own target alone.
+        settle_runs: how many times new facts settle, each time with draws of their own (in which order, behind which
+            prefixes, beside which text and names); the mean is taken, in which what one draw alone asked for fades.
         settle_lr: Adam's step size, times the length of an ordinary sum of a fact's residuals over the root of d_model.
         settle_kl: weight of KL(before || now) on ordinary text.
         settle_beside: weight of the same behind the facts' prompts about other subjects, of those that ask no question.
@@ -64,6 +66,7 @@ class SettleOptions:
     """
 
     settle: int = 4
+    settle_runs: int = 2
     settle_lr: float = 0.015
     settle_kl: float = 3.0
     settle_beside: float = 3.0
@@ -89,7 +92,7 @@ def settle(
     text: Sequence[Sequence[int]],
     names: Sequence[str],
     options: SettleOptions,
-    seed: int,
+    seed: str,
     store: Path,
     progress: Callable[[int], None],
 ) -> tuple[Tensor, Trained]:
@@ -152,7 +155,7 @@ def settle(
             return []
         facts, there = [prepared[n].fact for n in places], [one.fact.subject for one in prepared]
         # Of few facts more each, so that a step's worth is held.
-        some = chain.from_iterable(about_others(facts, there, names, str(seed), _EACH, ceil(beside / _HELD)))
+        some = chain.from_iterable(about_others(facts, there, names, seed, _EACH, ceil(beside / _HELD)))
         rows = [token_ids(base.tokenizer, prompt_text(one), beginning=True) for one in some]
         # By the edit as written, so that one who goes on after a kill holds the same.
         return _changed_most(base, rows, lambda: changed_by(base, written.deltas), layers[0]) if rows else []
@@ -199,7 +202,7 @@ def _adding(into: Tensor, residuals: Tensor) -> Callable[[Tensor, Tensor], Tenso
     return lambda given, output: (given @ into.T) @ residuals
 
 
-def _plan(prepared: Sequence[Prepared], places: Sequence[int], epochs: int, seed: int) -> list[list[Row]]:
+def _plan(prepared: Sequence[Prepared], places: Sequence[int], epochs: int, seed: str) -> list[list[Row]]:
     """The prompts of each step: in an epoch every fact's bare one and one behind a prefix, like lengths together."""
     steps: list[list[Row]] = []
     for epoch in count():
