@@ -258,15 +258,12 @@ def test_every_page_has_a_claim_to_learn_from_and_accents_are_written_alike(tmp_
 def test_calibration_takes_off_what_is_said_of_nothing_and_two_are_two():
     class Said:
         def complete(self, label, jobs, *, max_new_tokens):
-            free = "Claim: N/A\nA:"
-            return [
-                SimpleNamespace(options=(0.0, 1.0, 2.0) if free in j.prompt else (0.5, 1.2, 2.1), text="") for j in jobs
-            ]
+            free, said = (0.5, -1.0, 2.0), (1.3, 1.2, 2.1)
+            return [SimpleNamespace(options=free if "Claim: N/A" in job.prompt else said, text="") for job in jobs]
 
     (row,) = _ask(Said(), [Claim("a", "It is.", "supports", None)], [], "")
-    assert (row["likelihood"], row["calibrated"], row["two"], row["two_calibrated"]) == (
-        LABELS[2], LABELS[0], LABELS[1], LABELS[0],
-    )  # fmt: skip
+    found = [row[how] for how in ("likelihood", "calibrated", "two", "two_calibrated")]
+    assert found == [LABELS[2], LABELS[1], LABELS[0], LABELS[1]]
 
 
 def test_other_neither_learns_nor_is_shown_claims_of_the_pages_that_it_is_asked_about(tokenizer, tmp_path, monkeypatch):
