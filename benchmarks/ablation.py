@@ -41,6 +41,7 @@ PREFIX: dict[str, tuple[dict[str, Any], list[str]]] = {
     "tokens": ({"encoder": "tokens"}, []),
     **{f"tokens-rank-{n}": ({"encoder": "tokens", "rank": n}, []) for n in (0, 16, 256)},
     "text": ({"encoder": "text"}, []),
+    **{f"width-{n}": ({"encoder": "text", "width": n}, []) for n in (64, 1024)},
     **{f"passages-{n}": ({}, ["--k", str(n)]) for n in (3, 5)},
     "passages-5-blended": ({"blend": 0.2}, ["--k", "5"]),
     "no-passages": ({"passages": "none"}, []),
