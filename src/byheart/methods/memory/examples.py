@@ -32,8 +32,8 @@ _OPEN = 256
 # Of a page's title.
 _TITLE_TOKENS = 64
 # Tokens that must follow each other in two versions of a page to be the same text, and in two pages; and characters
-# that pages must share to be looked at for them.
-_SAME, _SAME_ELSEWHERE, _GLANCE = 4, 12, 32
+# that pages must share to be looked at for them: any run of half as many again holds so many from one of these places.
+_SAME, _SAME_ELSEWHERE, _GLANCE = 4, 12, 24
 _COPULA = re.compile(r"^(?P<what>.+) (?P<verb>is|was|are|were)$")
 
 
@@ -209,14 +209,12 @@ def taken_out(
     _, ids = _page_ids(tokenizer, piece)
     text = piece.answer
     parts = {text[n : n + _GLANCE] for n in range(len(text) - _GLANCE + 1)}
-    near = [
-        one
-        for one in kept
-        if one.kind == "page" and any(one.answer[n : n + _GLANCE] in parts for n in range(len(one.answer)))
-    ]
+    pages = (one for one in kept if one.kind == "page")
+    places = _GLANCE // 2
+    near = [p for p in pages if any(p.answer[n : n + _GLANCE] in parts for n in range(0, len(p.answer), places))]
     stays: set[int] = set()
-    for pages, least in ((now, _SAME), (near, _SAME_ELSEWHERE)):
-        for one in pages:
+    for some, least in ((now, _SAME), (near, _SAME_ELSEWHERE)):
+        for one in some:
             if one.kind == "page":
                 match = SequenceMatcher(None, ids, _page_ids(tokenizer, one)[1], autojunk=False)
                 for start, _, size in match.get_matching_blocks():
