@@ -643,23 +643,24 @@ def test_what_cannot_be_learnt_of_a_change_is_named_and_kept(base, tmp_path):
     unanswered = Question(id="open", question="Who lit it?", answers=[], split="train")
     later = Question(id="later", question="Who lit the lamp?", answers=["Ann"], split="test")
     same_words = later.model_copy(update={"id": "same", "split": "train"})
-    for row in (rival, unanswered, later, same_words):
+    named_alike = Document(id="open", text="The pier is open.")
+    for row in (rival, unanswered, later, same_words, named_alike):
         ledger.insert([row])
         report = method.revise(last_change(ledger, row.id))
         assert sum(report.skipped.values()) == len(method.skipped)
     against = "another target for the same subject and prompt"
     assert method.skipped == {
-        "river": f"{against} (rival)",
-        "rival": f"{against} (river)",
-        "open": "has no answer",
-        "same": "is measured in the same words",
+        "fact/river": f"{against} (rival)",
+        "fact/rival": f"{against} (river)",
+        "question/open": "has no answer",
+        "question/same": "is measured in the same words",
     }
     method.save_pretrained(tmp_path / "kept")
     assert Memory.from_pretrained(tmp_path / "kept", base).skipped == method.skipped
     for kind, id in (("fact", "rival"), ("question", "open")):
         ledger.retract(kind, id)
         method.revise(last_change(ledger, id))
-    assert list(method.skipped) == ["same"] and "fact/river" in {piece.owner for piece in method.pieces}
+    assert list(method.skipped) == ["question/same"] and "fact/river" in {piece.owner for piece in method.pieces}
 
 
 def test_a_retracted_page_keeps_what_another_one_says(base, tmp_path, drawn):

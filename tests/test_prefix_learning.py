@@ -599,6 +599,13 @@ def test_what_training_puts_on_disk_is_said_before(tiny, ledger, tmp_path):
     said = prefix(tiny("llama"), tmp_path, slots=2).estimate(ledger)
     assert said.startswith("prefix: up to 4 passages of about") and said.endswith("on disk while training lasts")
     assert prefix(tiny("llama"), tmp_path).estimate(ledger) is None
+    ledger.insert(Document(id=f"more-{n}", text=f"Hill {n} is bare.") for n in range(6))
+    for options, count in (
+        ({"study": 1}, 10),
+        ({"demonstrations": 1}, 8),
+        ({"passages": "none", "begin": "pages", "study": 1, "distil": 1}, 10),
+    ):
+        assert f"up to {count} passages" in prefix(tiny("llama"), tmp_path, slots=2, **options).estimate(ledger)
 
 
 def test_hard_questions_count_more(tiny, ledger, tmp_path):

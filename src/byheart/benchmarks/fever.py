@@ -272,7 +272,7 @@ def _by_claim(claims: list[Claim], draw: random.Random) -> Iterator[Claim]:
         draw.shuffle(some)
         # What rounding takes from one group the next one gets.
         owed += _TRAIN_SHARE * len(some)
-        count = min(round(owed), len(some))
+        count = max(0, min(round(owed), len(some)))
         if label == last.get(page) and page not in learnable:
             count = max(count, 1)  # of each page one claim at least that it decides is learnt
         owed -= count

@@ -265,6 +265,9 @@ def _bench_fever(
         if key in ("memory.learn", "memory.study", "memory.wordings"):
             raise UsageError(f"--set {key}: --memory says what is learnt here")
     check_used(options, ["memory"])
+    told = parse_method_options(options or [])
+    if "memory.text" in told and not re.search("[1-9]", told.get("memory.keep", "0")):
+        raise UsageError(f"--set memory.text={told['memory.text']}: says nothing while memory.keep is 0")
     bases = list(dict.fromkeys(name.strip() for name in base.split(",") if name.strip()))
     if not bases:
         raise UsageError("--base: names no language model")

@@ -33,7 +33,7 @@ _OPEN = 256
 _TITLE_TOKENS = 64
 # Tokens that must follow each other in two versions of a page to be the same text, and in two pages; and characters
 # that pages must share to be looked at for them: any run of half as many again holds so many from one of these places.
-_SAME, _SAME_ELSEWHERE, _GLANCE = 4, 12, 24
+_SAME, _SAME_ELSEWHERE, _GLANCE = 4, 12, 8
 _COPULA = re.compile(r"^(?P<what>.+) (?P<verb>is|was|are|were)$")
 
 
@@ -121,27 +121,33 @@ def question_forms(text: str) -> list[str]:
 def to_learn(
     ledger: Ledger, what: What, form: PromptFormat, wordings: int, today: dt.date, measured: Container[str]
 ) -> tuple[list[Piece], dict[str, str]]:
-    """All of a ledger's pieces - pages (``doc``), questions and facts (``temp``), or both - and why rows have none."""
+    """All of a ledger's pieces - pages (``doc``), questions and facts (``temp``), or both - and why rows have none.
+
+    Rows are known by :func:`owner_of`.
+    """
     rows: list[LedgerRow] = []
     skipped: dict[str, str] = {}
     if what != "temp":
         rows += ledger.documents()
     if what != "doc":
-        facts, skipped = choose_facts(ledger.facts(), today)
+        facts, why = choose_facts(ledger.facts(), today)
+        skipped = {owner_of("fact", id): said for id, said in why.items()}
         questions = list(ledger.questions(["train"]))
         rows += [*questions, *facts]
     found = []
     for row in rows:
         pieces = list(pieces_of(row, form, wordings, measured))
         if not pieces:
-            skipped.setdefault(row.id, why_nothing(row))
+            skipped |= why_nothing(row)
         found += pieces
     return found, skipped
 
 
-def why_nothing(row: LedgerRow) -> str:
-    """Why there is nothing to learn in a row of a kind that is learnt."""
-    return "has no answer" if isinstance(row, Question) and not row.answers else "is measured in the same words"
+def why_nothing(row: LedgerRow) -> dict[str, str]:
+    """Why there is nothing to learn in a question or a fact, by what its pieces would be known by."""
+    if not isinstance(row, Question):
+        return {owner_of("fact", row.id): "is measured in the same words"}
+    return {owner_of("question", row.id): "is measured in the same words" if row.answers else "has no answer"}
 
 
 def packed(

@@ -138,7 +138,7 @@ class Memory(Closed):
         self.pieces: list[Piece] = []
         self.losses: list[float] = []
         self.ordinary: list[list[int]] = []
-        self.skipped: dict[str, str] = {}  # why rows are not learnt, by id
+        self.skipped: dict[str, str] = {}  # why rows are not learnt, by kind and id
         self.facts: list[Fact] = []  # all that hold, those that cannot be learnt among them
         self.measured: set[str] = set()
 
@@ -447,7 +447,7 @@ class Memory(Closed):
         A fact that comes or goes can touch others: duplicates, and other objects for the same subject and prompt.
         """
         learn, owners = self.options.learn, {owner_of(change.kind, change.id)}
-        skipped = {id: why for id, why in self.skipped.items() if id != change.id}
+        skipped = {one: why for one, why in self.skipped.items() if one not in owners}
         rows: list[LedgerRow] = [] if change.after is None else [change.after]
         not_learnt = learn == "temp" if change.kind == "document" else learn == "doc"
         if not_learnt or (isinstance(change.after, Question) and change.after.split != "train"):
@@ -456,17 +456,18 @@ class Memory(Closed):
             # What was learnt when, and not what would have been today: some have begun or ceased to hold since.
             there = {piece.owner for piece in self.pieces}
             was = {fact.id: fact for fact in self.facts if owner_of("fact", fact.id) in there}
-            chosen, why = choose_facts(facts, dt.date.today())
+            chosen, left_out = choose_facts(facts, dt.date.today())
             is_now = {fact.id: fact for fact in chosen}
             touched = {id for id in was.keys() | is_now.keys() if was.get(id) != is_now.get(id)}
             owners |= {owner_of("fact", id) for id in touched}
             rows = [is_now[id] for id in sorted(touched & is_now.keys())]
-            skipped = {id: why for id, why in skipped.items() if id not in touched} | why
+            skipped = {one: why for one, why in skipped.items() if one not in owners}
+            skipped |= {owner_of("fact", id): why for id, why in left_out.items()}
         found: list[Piece] = []
         for row in rows:
             pieces = list(pieces_of(row, self._asking(), self.options.wordings, measured))
             if not pieces:
-                skipped[row.id] = why_nothing(row)
+                skipped |= why_nothing(row)
             found += pieces
         if change.kind == "document" and found:
             old = [piece for piece in self.pieces if piece.owner in owners]

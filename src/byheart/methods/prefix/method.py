@@ -72,13 +72,15 @@ class Prefix(Learnt):
 
     def _estimate_of_training(self, ledger: Ledger, passages: Iterable[Passage], columns: int | None) -> str | None:
         """What training will read from disk, at most: it goes again once training is done."""
-        whole = self.options.distil > 0
-        if not self._trains or not self._searches or (self._moves and not whole):
+        options, whole = self.options, self.options.distil > 0
+        if not self._trains or not (whole or (self._searches and not self._moves)):
             return None
         self.form = self._draw(ledger)
-        asked = sum(self.settings.k for _ in ledger.questions(["train"]))
         count, each, _ = self.whole.size(passages, None if whole else columns)
-        count = min(count, asked)
+        asked = sum(1 for _ in ledger.questions(["train"]))
+        if not options.study:  # which asks about every passage
+            count = min(count, asked * self.settings.k)
+        count += asked if options.demonstrations else 0
         return (
             f"prefix: up to {count:,} passages of about {each / 1e6:.2f} MB, {each * count / 1e9:.2f} GB on disk while "
             "training lasts"
