@@ -249,7 +249,8 @@ def _bench_fever(
     from byheart.benchmarks.fever import load_fever
     from byheart.benchmarks.fever_run import VARIANTS, Plan, run_fever
     from byheart.fever_report import grids, join_fever_runs, write_fever_report
-    from byheart.methods.contract import Settings
+    from byheart.methods.contract import Settings, parse_options
+    from byheart.methods.memory.method import MemoryOptions
     from byheart.progress import Terminal
 
     variants = tuple(name.strip() for name in memory.split(",") if name.strip())
@@ -261,12 +262,12 @@ def _bench_fever(
     if split not in ("claim", "page"):
         raise UsageError(f"--split {split}: must be claim or page")
     _check_text(text)
-    for key in parse_method_options(options or []):  # what is wrong with them is said before anything is loaded
+    told = parse_method_options(options or [])
+    for key in told:  # what is wrong with them is said before anything is loaded
         if key in ("memory.learn", "memory.study", "memory.wordings"):
             raise UsageError(f"--set {key}: --memory says what is learnt here")
     check_used(options, ["memory"])
-    told = parse_method_options(options or [])
-    if "memory.text" in told and not re.search("[1-9]", told.get("memory.keep", "0")):
+    if "memory.text" in told and not parse_options(MemoryOptions, "memory", told).keep:
         raise UsageError(f"--set memory.text={told['memory.text']}: says nothing while memory.keep is 0")
     bases = list(dict.fromkeys(name.strip() for name in base.split(",") if name.strip()))
     if not bases:

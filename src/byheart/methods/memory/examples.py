@@ -25,8 +25,8 @@ What = Literal["doc", "temp", "doctemp"]
 PAGE_TOKENS = 256
 # Questions that follow each other in one sequence: it shows every number of examples from none up to one less.
 PACK = 6
-# Characters that such a sequence ends at, and tokens that any row is cut at.
-_ROW_TEXT, _ROW_TOKENS = 2_000, 1_024
+# Characters that such a sequence ends at, and tokens that any row is cut at where the model reads so many.
+_ROW_TEXT, ROW_TOKENS = 2_000, 1_024
 # Sequences that still have room, while others are filled.
 _OPEN = 256
 # Of a page's title.
@@ -156,7 +156,7 @@ def packed(
     seed: int,
     frame: Frame = PLAIN,
     pack: int = PACK,
-    positions: int | None = None,
+    longest: int = ROW_TOKENS,
 ) -> list[Row]:
     """Pieces as rows of tokens: a page alone (cut where it is long), others ``pack`` in a row.
 
@@ -164,9 +164,8 @@ def packed(
 
     Args:
         frame: what stands around the questions of a row.
-        positions: how many the model has; rows end there at the latest.
+        longest: tokens that rows are cut at.
     """
-    longest = min(_ROW_TOKENS, positions or _ROW_TOKENS)
     rows = [row for piece in pieces if piece.kind == "page" for row in _page_rows(tokenizer, piece, longest)]
     draw = random.Random(seed)
     for kinds in (("question", "study"), ("statement",)):
@@ -203,29 +202,30 @@ def _apart(pieces: Sequence[Piece], pack: int) -> Iterator[list[Piece]]:
 
 
 def taken_out(
-    tokenizer: Any, piece: Piece, now: Sequence[Piece], kept: Sequence[Piece] = (), positions: int | None = None
+    tokenizer: Any, piece: Piece, now: Sequence[Piece], kept: Sequence[Piece] = (), longest: int = ROW_TOKENS
 ) -> list[Row]:
     """The rows of a page's piece with only those tokens to predict that no other page has.
 
     Args:
         now: what stands in its place: of these, runs of a few tokens are the same text.
         kept: other pages, which share short runs with any: of these, long ones are.
-        positions: how many the model has.
+        longest: tokens that rows are cut at.
     """
     _, ids = _page_ids(tokenizer, piece)
     text = piece.answer
     parts = {text[n : n + _GLANCE] for n in range(len(text) - _GLANCE + 1)}
-    pages = (one for one in kept if one.kind == "page")
-    places = _GLANCE // 2
-    near = [p for p in pages if any(p.answer[n : n + _GLANCE] in parts for n in range(0, len(p.answer), places))]
+    near = (
+        one
+        for one in kept
+        if one.kind == "page"
+        and any(one.answer[n : n + _GLANCE] in parts for n in range(0, len(one.answer), _GLANCE // 2))
+    )
     stays: set[int] = set()
-    for some, least in ((now, _SAME), (near, _SAME_ELSEWHERE)):
-        for one in some:
-            if one.kind == "page":
-                match = SequenceMatcher(None, ids, _page_ids(tokenizer, one)[1], autojunk=False)
-                for start, _, size in match.get_matching_blocks():
-                    stays |= set(range(start, start + size)) if size >= least else set()
-    longest = min(_ROW_TOKENS, positions or _ROW_TOKENS)
+    for one, least in (*((one, _SAME) for one in now), *((one, _SAME_ELSEWHERE) for one in near)):
+        if one.kind == "page":
+            match = SequenceMatcher(None, ids, _page_ids(tokenizer, one)[1], autojunk=False)
+            for start, _, size in match.get_matching_blocks():
+                stays |= set(range(start, start + size)) if size >= least else set()
     return [row for row in _page_rows(tokenizer, piece, longest, stays) if any(row.labels)]
 
 

@@ -35,6 +35,7 @@ from byheart.methods.memory.adapter import Place, attached, make_adapters
 from byheart.methods.memory.examples import (
     PACK,
     PLAIN,
+    ROW_TOKENS,
     Frame,
     Piece,
     What,
@@ -293,7 +294,7 @@ class Memory(Closed):
         told: list[Row] = []
         for piece in gone:
             if piece.kind == "page":
-                away += taken_out(self.base.tokenizer, piece, now, kept, self.base.positions)
+                away += taken_out(self.base.tokenizer, piece, now, kept, self._longest)
             else:
                 (told if piece.lead in answered else away).extend(self._rows([piece]))
         return away, told
@@ -380,7 +381,12 @@ class Memory(Closed):
 
     def _packed(self, pieces: Sequence[Piece], seed: int, frame: Frame = PLAIN) -> list[Row]:
         pack = 1 if self.settings.chat else PACK
-        return packed(self.base.tokenizer, pieces, seed, frame, pack, self.base.positions)
+        return packed(self.base.tokenizer, pieces, seed, frame, pack, self._longest)
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of a row at most."""
+        return min(ROW_TOKENS, self.base.positions or ROW_TOKENS)
 
     def _likelihoods(self, rows: Sequence[Row], *, plain: bool = False) -> list[float]:
         """Of each row, the geometric mean probability of a token that is to be predicted."""

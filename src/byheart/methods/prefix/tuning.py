@@ -106,15 +106,11 @@ def held(
     holds an answer.
     """
     asked, left_out = to_learn_from(ledger, form)
-    named = [question for question in asked if question.documents]
-    if asked and not named:
-        hits = retriever.retrieve([question.question for question in asked], k)
-        pairs = zip(asked, map(tuple, hits), strict=True)
-        return [(one, there if any(holds(hit, one) for hit in there) else ()) for one, there in pairs], left_out
-    ranked = iter(retriever.retrieve([question.question for question in named], k) if named else [])
+    searched = [question for question in asked if question.documents] or asked
+    ranked = iter(retriever.retrieve([question.question for question in searched], k) if searched else [])
     found = []
     for question in asked:
-        there = next(ranked) if question.documents else []
+        there = next(ranked) if question.documents or searched is asked else []
         if not any(holds(one, question) for one in there):
             own = gold_passages(ledger, question, retriever.encoder.splitter, segment)
             instead = next((one for one in own if holds(one, question)), None)
