@@ -66,7 +66,7 @@ def test_keys_turn_each_by_its_own_positions(tiny, family):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt2"])
 def test_heads_that_know_enough_answer_as_the_model_that_read(tiny, ledger, tmp_path, monkeypatch, family):
     """Of fewer tokens than there is known of each a linear map can say nearly all; of other pages, less."""
-    monkeypatch.setattr(known, "_RIDGE", 1e-9)
+    monkeypatch.setattr(tokens, "_RIDGE", 1e-9)
     base = tiny(family)
     read, made = prefix(base, tmp_path / "read", 1), prefix(base, tmp_path / "made", 1, encoder="tokens")
     read.learn(ledger)
@@ -199,23 +199,53 @@ def passage_of(text):
     return Passage("d", "Vell", text, 0, len(text))
 
 
-def test_the_likeliest_tokens_are_taken_once_each_with_their_own_columns(tiny, tmp_path):
+def test_words_are_taken_whole_the_likeliest_first_and_each_once():
+    tokens = ["\n", " Ann", "a", " sailed", " in", " 1", "9", " with", " ann", "A", "."]
+    words = [[1, 2], [3], [4], [5, 6], [7], [8, 9], [10]]
+    #        \n   Ann  a   sailed in   1    9   with ann  A    .
+    told = [0.95, 0.2, 0.4, 0.5, 0.0, 0.9, 0.5, 0.1, 0.7, 0.9, 0.3]  # anna .3 and .8, 19 .7, sailed .5
+
+    def taken(count):
+        return select.likeliest(tokens, words, told, count)
+
+    assert taken(2) == [8, 9]  # where anna is likelier; not the likeliest two tokens
+    assert taken(4) == [5, 6, 8, 9] and taken(5) == [3, 5, 6, 8, 9]
+    assert taken(3) == [3, 8, 9]  # 19 does not fit any more
+    assert taken(1) == [3]  # the likeliest word of one token
+    assert taken(8) == [3, 4, 5, 6, 7, 8, 9, 10]  # all words, the other anna left out
+    assert taken(9) == [0, 3, 4, 5, 6, 7, 8, 9, 10] and taken(10) == [0, *range(2, 11)]  # and then what is left
+    assert taken(500) == list(range(11))
+
+
+def test_words_are_what_stands_between_spaces_and_marks(tiny, tmp_path):
+    whole = prefix(tiny("llama"), tmp_path, encoder="selected").whole
+
+    def words(text):
+        block = whole.form.block(passage_of(text))
+        places = known.places_of(whole, [block])[0][1].tolist()
+        tokens, found = select.words_of(whole, passage_of(text))
+        assert tokens == [block[a:b] for a, b in places]
+        return [block[places[word[0]][0] : places[word[-1]][1]].strip() for word in found]
+
+    expected = ["In", "1986", ",", "Bergström", "sailed", "(", "twice", ")."]
+    assert words("In 1986, Bergström sailed (twice).")[-len(expected) :] == expected
+    long = "honorificabilitudinitatibus" * 3
+    last = select.words_of(whole, passage_of(long))[1][-len(whole.base.tokenizer.tokenize(long)) + 1 :]
+    assert {len(word) for word in last} == {1}  # too long for a word: token by token
+    assert "".join(words(long)).endswith(long)
+
+
+def test_the_words_that_are_taken_keep_their_own_columns(tiny, tmp_path):
     method = prefix(tiny("llama"), tmp_path, 1, encoder="selected")
     whole, passage = method.whole, passage_of("The boats of Vell are nine boats, and the boats of Ostrand are seven.")
-    ids = whole.ids(passage)
-    assert len(set(ids)) < len(ids)
     told = known.known_of(whole, method.encoder, [passage])[0]
     likely = select.Likely(torch.randn(told.shape[1], generator=torch.Generator().manual_seed(3)))
-    order = likely(told).argsort(descending=True).tolist()
-    once = [place for n, place in enumerate(order) if ids[place] not in {ids[before] for before in order[:n]}]
-    assert once != order[: len(once)]
     (own,) = whole.fresh([passage])
     for count in (1, 8, 500):
         made = select.Selected(whole, count, likely, method.encoder)
         (one,) = made.fresh([passage])
-        places = sorted(once[:count])
-        assert one.columns == len(places) == min(count, len(set(ids)))
-        assert made.columns(passage) == min(count, len(ids))
+        places = select.likeliest(*select.words_of(whole, passage), likely(told).tolist(), count)
+        assert one.columns == len(places) == made.columns(passage) == min(count, len(whole.ids(passage)))
         for found, all_of_it in zip((*one.keys, *one.values), (*own.keys, *own.values), strict=True):
             assert torch.equal(found, all_of_it[:, places])
         assert (one.start, one.end) == (own.start, own.end)
@@ -248,12 +278,12 @@ def test_what_is_likely_is_the_ridge_regression_of_where_answers_stand(tiny, tmp
     told = torch.cat(known.known_of(method.whole, method.encoder, [passage for passage, _ in some])).double()
     size = told.square().mean(0).clamp(min=1e-12)
     weight = likely.weight.double()
-    slope = told.T @ (told @ weight) + 1e-3 * len(told) * size * weight
+    slope = told.T @ (told @ weight) + select._RIDGE * len(told) * size * weight
     assert torch.allclose(slope, told.T @ torch.cat(inside).double(), atol=1e-3)
 
 
 def test_where_answers_stand_is_learnt_from_other_pages(tiny, world, minilm, tmp_path):
-    """Among sixteen tokens of a page that was not learnt from, far more are an answer's than of any sixteen."""
+    """Among the sixteen tokens taken of a page that was not learnt from, far more are an answer's than of any."""
     method = prefix(tiny("llama"), tmp_path, encoder="selected")
     pairs = [
         (passage, question.answers)
@@ -269,7 +299,7 @@ def test_where_answers_stand_is_learnt_from_other_pages(tiny, world, minilm, tmp
         flags = torch.from_numpy(select._answered(method.whole, passage, answers))
         if flags.any():
             (told,) = known.known_of(method.whole, method.encoder, [passage])
-            first = likely(told).topk(min(16, len(told))).indices
+            first = select.likeliest(*select.words_of(method.whole, passage), likely(told).tolist(), 16)
             taken.append(float(flags[first].float().mean()))
             any_of_it.append(float(flags.float().mean()))
     assert len(taken) > 40

@@ -13,9 +13,8 @@ from byheart.decode import batches
 from byheart.encoder import Encoder
 from byheart.methods.prefix.cache import Block, Cache
 
-# Of the mean square of each thing that is known: what keeps the least squares from going by what two of them share.
-# One whose root mean square is below the least counts as 0.
-_RIDGE, _LEAST = 1e-3, 1e-6
+# Something that is known whose root mean square is below this counts as 0.
+_LEAST = 1e-6
 # Tokens that the encoder sees at once.
 _READ = 2_048
 
@@ -78,11 +77,14 @@ class Sums:
         # Rounded to fp32, sums of so many would not always have a Cholesky factor.
         self.known = self.known + known.double().T @ known.double()
 
-    def solved(self) -> tuple[Tensor, Tensor]:
-        """The size (root mean square) of each thing that is known, and the map from all, in these sizes, in fp64."""
+    def solved(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """The size (root mean square) of each thing that is known, and the map from all, in these sizes, in fp64.
+
+        Args:
+            ridge: of the mean square of each: what keeps the map from going by what two of them share.
+        """
         count = self.known[-1, -1]  # of tokens: the last that is known is that it is one
         scale = (self.known.diag() / count).sqrt().clamp(min=_LEAST)
-        ridge = _RIDGE * torch.eye(len(scale), device=scale.device)
-        gram = self.known / count / scale / scale[:, None] + ridge
+        gram = self.known / count / scale / scale[:, None] + ridge * torch.eye(len(scale), device=scale.device)
         aim = self.wanted.double() / count / scale[:, None]
         return scale, torch.cholesky_solve(aim, torch.linalg.cholesky(gram))

@@ -1,4 +1,4 @@
-"""Of a passage the few tokens that answers are most likely to stand in, as the model itself made them."""
+"""Of a passage the few words that answers are most likely to stand in, as the model itself made their tokens."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ from byheart.segment import Passage
 
 # Passages whose tokens are described at once.
 _AT_ONCE = 16
+# A token in twenty is an answer's, and what tells them apart is faint: of what is known, most is noise to it.
+_RIDGE = 1.0
+# What counts as a word: letters and digits, or marks, in a row. One of more tokens (no word at all, or of a script that
+# puts no space between words) is taken token by token.
+_WORD, _LONGEST = re.compile(r"\w+|[^\w\s]+"), 8
 
 
 class Likely(nn.Module):
@@ -35,13 +40,14 @@ class Likely(nn.Module):
 
 
 class Selected(Few):
-    """Passages in a few of their own columns, those of the tokens that answers are most likely to stand in.
+    """Passages in a few of their own columns, those of the words that answers are most likely to stand in.
 
-    A token that stands there already says no more: of each the likeliest place is taken.
+    Words are taken whole, as long as they fit, since a model cannot say half of one; what room is left goes to the
+    likeliest other tokens. A word that stands there already says no more: of each the likeliest place is taken.
     """
 
     def __init__(self, whole: Cache, count: int, likely: Likely, encoder: Encoder) -> None:
-        super().__init__(whole, count, f"selected, {digest_of(likely.state_dict().values())}")
+        super().__init__(whole, count, f"selected words, {digest_of(likely.state_dict().values())}")
         self._likely, self._encoder = likely, encoder
 
     def fresh(self, passages: Sequence[Block]) -> list[KV]:
@@ -51,13 +57,50 @@ class Selected(Few):
         return [self._of(*one) for one in zip(passages, blocks, known, strict=True)]
 
     def _of(self, passage: Block, block: KV, known: Tensor) -> KV:
-        ids = self.whole.ids(passage)
-        likeliest: dict[int, int] = {}
-        for place in self._likely(known).argsort(descending=True, stable=True).tolist():
-            likeliest.setdefault(ids[place], place)
-        places = torch.tensor(sorted(list(likeliest.values())[: self._count]), device=block.keys[0].device)
+        taken = likeliest(*words_of(self.whole, passage), self._likely(known).tolist(), self._count)
+        places = torch.tensor(taken, device=block.keys[0].device)
         keys, values = (tuple(one[:, places] for one in kept) for kept in (block.keys, block.values))
         return KV(keys, values, block.start, block.end)
+
+
+def words_of(whole: Cache, passage: Block) -> tuple[list[str], list[list[int]]]:
+    """What stands at each of a passage's tokens, and its words: the places of their tokens, in order.
+
+    A token that lies over two words goes with the first, one that lies over none (space) with none.
+    """
+    text = whole.form.block(passage)
+    places = places_of(whole, [text])[0][1].tolist()
+    words = [one.span() for one in _WORD.finditer(text)]
+    found: dict[int, list[int]] = {}
+    word = 0
+    for n, (start, end) in enumerate(places):
+        while word < len(words) and words[word][1] <= start:
+            word += 1
+        if word < len(words) and words[word][0] < end:
+            found.setdefault(word, []).append(n)
+    parts = [[word] if len(word) <= _LONGEST else [[n] for n in word] for word in found.values()]
+    return [text[start:end] for start, end in places], [one for some in parts for one in some]
+
+
+def likeliest(tokens: Sequence[str], words: Sequence[Sequence[int]], told: Sequence[float], count: int) -> list[int]:
+    """The places of ``count`` tokens: whole words first, by the mean of their likelihoods, each once.
+
+    Args:
+        tokens: what stands at each place.
+        words: the places of each one's tokens.
+        told: how likely each token is.
+    """
+    best: dict[str, tuple[float, Sequence[int]]] = {}
+    for word in words:
+        said, mean = "".join(tokens[n] for n in word).strip().casefold(), sum(told[n] for n in word) / len(word)
+        if said not in best or mean > best[said][0]:
+            best[said] = (mean, word)
+    taken: list[int] = []
+    for _, word in sorted(best.values(), key=lambda one: -one[0]):
+        if len(taken) + len(word) <= count:
+            taken += word
+    left = sorted(set(range(len(tokens))) - set(taken), key=lambda n: -told[n])
+    return sorted(taken + left[: count - len(taken)])
 
 
 def fit_likely(whole: Cache, encoder: Encoder, answered: Sequence[tuple[Passage, Sequence[str]]]) -> Likely:
@@ -68,7 +111,7 @@ def fit_likely(whole: Cache, encoder: Encoder, answered: Sequence[tuple[Passage,
         known = torch.cat(known_of(whole, encoder, [passage for passage, _ in some]))
         inside = np.concatenate([_answered(whole, passage, answers) for passage, answers in some])
         sums.add(known, torch.from_numpy(inside).to(known)[:, None])
-    scale, weight = sums.solved()
+    scale, weight = sums.solved(_RIDGE)
     return Likely((weight[:, 0] / scale).float().contiguous())
 
 

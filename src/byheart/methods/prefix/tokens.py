@@ -21,6 +21,8 @@ from byheart.storage import replacing
 
 # Passages that are fitted to at once, and seconds of it that a kill can cost.
 _AT_ONCE, _SAVE_EVERY = 16, 60.0
+# Keeps the map from going by what two things that are known share.
+_RIDGE = 1e-3
 
 
 class TokenHeads(nn.Module):
@@ -104,7 +106,7 @@ def fit_heads(
             with replacing(store) as path:
                 save_file({"known": sums.known, "wanted": sums.wanted}, path, {"passages": str(done)})
             saved = time.perf_counter()
-    scale, weight = sums.solved()
+    scale, weight = sums.solved(_RIDGE)
     return TokenHeads(scale.float(), weight.to(whole.base.dtype).contiguous(), kv.read(whole.base, [[0]])[0])
 
 
