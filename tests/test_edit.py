@@ -59,7 +59,6 @@ TINY = {
     "edit.layers": "0-1",
     "edit.weight": "0.01",
     "edit.settle": "0",
-    "edit.settle_runs": "1",
 }
 
 
@@ -76,7 +75,8 @@ def ledger_of(folder, facts):
 
 
 def learnt(base, folder, facts=FACTS, **options):
-    given = TINY | {f"edit.{name}": str(value) for name, value in options.items()}
+    runs = {"edit.settle_runs": "1"} if options.get("settle") else {}
+    given = TINY | runs | {f"edit.{name}": str(value) for name, value in options.items()}
     method = Edit(base, Settings(shots=0, options=given), folder / "work")
     with ledger_of(folder, facts) as ledger:
         method.report = method.learn(ledger)
@@ -340,8 +340,10 @@ def test_what_closes_a_word(base):
 
 
 def test_an_object_that_runs_on_is_not_said(base, monkeypatch):
+    behind = dict(zip([f" {fact.object}" for fact in FACTS], (" and", "ram", "'s", "."), strict=True))
+
     def asked(base, jobs, **kwargs):
-        return [completed(job, 1.0, more) for job, more in zip(jobs, (" and", "ram", "'s", "."), strict=True)]
+        return [completed(job, 1.0, behind[job.options[0]]) for job in jobs]
 
     monkeypatch.setattr(guard, "complete", asked)
     assert [fact.id for fact in guard.unsaid(base, FACTS)] == ["cove", "mora"]
@@ -691,6 +693,24 @@ def test_a_fact_longer_than_the_models_positions_is_left_out_by_name(tokenizer, 
     method = learnt(base, tmp_path, [FACTS[0], long])
     assert [fact.id for fact in method.facts] == ["quay"]
     assert method.skipped == {"cove": f"longer than the model's {base.positions} positions"}
+
+
+@pytest.mark.parametrize("options", [{}, {"settle": 1}, {"gate": "warn", "max_perplexity": 1e9}])
+def test_facts_that_each_just_fit_the_models_positions_are_learnt_together(tokenizer, tmp_path, monkeypatch, options):
+    """Late and early subjects, a long target, a neighbour and a name that are too long: none asks for a place beyond."""
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("byheart.methods.edit.settle.about_others", lambda *given: [[*facts, too_long]])
+    base = make_base("small", tiny_model("gpt2", len(tokenizer), n_positions=256), tokenizer)
+    near = Neighbour(prompt="the " * 256, object="blue")
+    facts = [
+        Fact(id="late", subject="Ostrand Quay", prompt="the " * 170 + "river through {} is", object="red"),
+        Fact(id="early", subject="Pell Cove", prompt="{} " + "of " * 90 + "is", object="stone", neighbours=[near]),
+        Fact(id="target", subject="Vellmora", prompt="the " * 20 + "of {} is", object="stone " * 35),
+        Fact(id="whole", subject="A", prompt="the " * 248 + "of {} is", object="red"),
+    ]
+    too_long = facts[0].model_copy(update={"subject": "of " * 256})
+    method = learnt(base, tmp_path, facts, prefixes=0, **options)
+    assert [fact.id for fact in method.facts] == [fact.id for fact in facts]
 
 
 def test_a_long_fact_does_not_pad_all_others(base, monkeypatch):
@@ -1045,10 +1065,18 @@ def test_options_are_checked(base, tmp_path):
         ("edit.settle_from=1.5", "at most 1"),
         ("edit.settle_held=0", "at least 1"),
         ("edit.layers=²", "FIRST-LAST"),
+        ("edit.weight=0", "above 0"),
+        ("edit.energy=0.9", "needs edit.constraint=nullspace"),
+        ("edit.counted=false", "needs edit.merge=true"),
+        ("edit.max_neighbours=0.2", "needs edit.gate=warn or rollback"),
     ]:
         key, _, value = option.partition("=")
         with pytest.raises(UsageError, match=says):
             Edit(base, Settings(shots=0, options={key: value}), tmp_path)
+    for name, other in (("settle_kl", "settle"), ("stop_loss", "stop")):
+        options = {f"edit.{name}": "1", "edit.settle": "0", "edit.stop": "argmax"}
+        with pytest.raises(UsageError, match=f"edit.{name}=1: needs edit.{other}="):
+            Edit(base, Settings(shots=0, options=options), tmp_path)
     for name in ("ft", "rome"):
         with pytest.raises(UsageError, match=f"^{name}.layers=9-9: "):
             method_class(name)(base, Settings(shots=0, options={f"{name}.layers": "9"}), tmp_path)

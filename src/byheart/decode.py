@@ -408,7 +408,8 @@ class _Causal(_Work):
             return torch.cat(found)
 
         def peek(option: Tensor, option_mask: Tensor) -> Tensor:
-            after = torch.arange(option.shape[1], device=device)[None] + ends[:, None]
+            # Padding stands at 0: behind a prompt that just fits a model may have no position for it.
+            after = (torch.arange(option.shape[1], device=device)[None] + ends[:, None]) * option_mask
             out = self._forward(option, torch.cat([mask, option_mask], 1), after, cache, last=False)
             for layer in cache.layers:
                 layer.cut(before + width)
@@ -521,7 +522,7 @@ def _common_length(prompts: Sequence[list[int]]) -> int:
         return 0
     low, high = min(prompts), max(prompts)
     common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return min(common, min(map(len, prompts)) - 1)
+    return max(0, min(common, min(map(len, prompts)) - 1))
 
 
 def slides(config: Any) -> bool:
@@ -533,8 +534,10 @@ def slides(config: Any) -> bool:
 
 
 def _check_lengths(base: Base, work: _Work) -> None:
+    if not all(work.prompts):
+        raise DataError("a prompt is blank, and the model has no token that a text begins with")
     if base.kind == "seq2seq":
         return
-    longest = max(len(ids) + (past[-1].end if past else 0) for ids, past in zip(work.prompts, work.pasts, strict=True))
-    needed = longest + max(work.max_new, work.longest_option(range(len(work.prompts))))
+    lengths = [len(ids) + (past[-1].end if past else 0) for ids, past in zip(work.prompts, work.pasts, strict=True)]
+    needed, longest = max((n + max(work.max_new, work.longest_option([row])), n) for row, n in enumerate(lengths))
     base.check_positions(needed, f"a prompt of {longest} tokens with its answer needs")

@@ -84,6 +84,8 @@ def _counterfact_case(path: Path, number: int, row: dict[str, Any], texts: dict[
     try:
         edit = row["requested_rewrite"]
         new, true = _target(edit["target_new"]["str"]), _target(edit["target_true"]["str"])
+        if not true:
+            raise _Unusable("there is no true target")
         fact = _fact(f"cf-{row['case_id']}", edit["subject"], edit["prompt"], new, true)
         probes = [Probe("edit", fact.filled(), new, true)]
         probes += [Probe("paraphrase", prompt, new, true) for prompt in _texts(row, "paraphrase_prompts")]
@@ -117,14 +119,14 @@ def _zsre_case(path: Path, number: int, row: dict[str, Any]) -> Case:
         prompt = question.replace("{", "(").replace("}", ")").replace(subject, SUBJECT_PLACE, 1)
         fact = _fact(f"zsre-{number}", subject, prompt, _target(row["alt"]), None)
         probes = [Probe("edit", fact.filled(), fact.object)]
-        if row.get("rephrase"):
-            probes.append(Probe("paraphrase", _text(row, "rephrase"), fact.object))
-        if row.get("loc") and row.get("loc_ans"):
+        if rephrase := _text(row, "rephrase"):
+            probes.append(Probe("paraphrase", rephrase, fact.object))
+        if (loc := _text(row, "loc")) and (answer := _text(row, "loc_ans")):
             # The published prompt: the question behind its mark, with a question mark.
-            probes.append(Probe("neighbourhood", _text(row, "loc") + "?", _text(row, "loc_ans").strip()))
+            probes.append(Probe("neighbourhood", loc + "?", answer))
         port = row.get("portability") or {}
-        if port.get("New Question") and port.get("New Answer"):
-            probes.append(Probe("portability", _text(port, "New Question"), _text(port, "New Answer").strip()))
+        if (asked := _text(port, "New Question")) and (answer := _text(port, "New Answer")):
+            probes.append(Probe("portability", asked, answer))
         return Case(fact, tuple(probes))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}:{number}: not a zsRE record ({error!r})") from None
@@ -140,12 +142,15 @@ def question_cases(path: Path) -> Records:
 
 
 def _question_case(path: Path, number: int, row: dict[str, Any]) -> Case:
-    title, answers = str(row["title"]).replace("_", " "), row.get("answers") or []
+    try:
+        title, question = _text(row, "title").replace("_", " "), _text(row, "question")
+    except TypeError as error:
+        raise DataError(f"{path}:{number}: {error}") from None
+    answers = row.get("answers") or []
     answers = answers.get("text", []) if isinstance(answers, dict) else answers
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise DataError(f'{path}:{number}: "answers" must be texts')
-    question = str(row["question"]).strip()
     named = re.search(rf"(?<!\w){re.escape(title)}(?!\w)", question, re.IGNORECASE) if title else None
     if named is None or SUBJECT_PLACE in question:
         raise _Unusable("the question does not name its document's title")
@@ -250,24 +255,25 @@ def _target(text: Any) -> Any:
 
 
 def _text(row: dict[str, Any], name: str) -> str:
-    if not isinstance(row[name], str):
+    """A text, without white space around it, as facts are learnt; blank where there is none."""
+    text = row.get(name)
+    if not isinstance(text, str | None):
         raise TypeError(f'"{name}" must be a text')
-    text: str = row[name]
-    return text
+    return (text or "").strip()
 
 
 def _texts(row: dict[str, Any], name: str) -> list[str]:
     found = row.get(name, [])
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise TypeError(f'"{name}" must be a list of texts')
-    return found
+    if not isinstance(found, list) or not all(isinstance(text, str) and text.strip() for text in found):
+        raise TypeError(f'"{name}" must be a list of texts, none of them blank')
+    return [text.strip() for text in found]
 
 
 def _fact(id: str, subject: str, prompt: str, new: str, true: str | None) -> Fact:
     if not all(isinstance(text, str) for text in (subject, prompt, new)):
         raise TypeError("subject, prompt and target must be texts")
     try:
-        return Fact(id=id, subject=subject, prompt=prompt, object=new, former_object=true)
+        return Fact(id=id, subject=subject, prompt=prompt.strip(), object=new, former_object=true)
     except ValidationError as error:
         raise _Unusable(first_reason(error)) from None
 

@@ -305,7 +305,7 @@ def _bench_fever(
 def _shots(text: str) -> tuple[int, ...]:
     span = re.fullmatch(r"(\d+)-(\d+)", text.strip())
     found = range(int(span[1]), int(span[2]) + 1) if span else [part.strip() for part in text.split(",")]
-    if not found or not all(str(one).isdigit() for one in found):
+    if not found or not all(str(one).isdecimal() for one in found):
         raise UsageError(f"--shots {text}: must be FIRST-LAST, or numbers with commas between")
     return tuple(map(int, found))
 
@@ -417,6 +417,6 @@ def _ordinary_rows(model: Any, text: Path | None, seed: int) -> tuple[tuple[tupl
 
 def _sizes(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise UsageError(f"--edits {text}: must be whole numbers with commas between")
     return tuple(map(int, parts))

@@ -31,7 +31,7 @@ Passages = Annotated[int, typer.Option("--k", min=1, help="Retrieved passages a 
 Shots = Annotated[int, typer.Option("--shots", min=0, help="Examples in the prompt, from the training questions.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="What everything random is drawn from.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="What everything random is drawn from.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Ask only so many questions, drawn by the seed.")]
 WithBertScore = Annotated[bool, typer.Option("--bertscore", help="Also measure BERTScore, with the text encoder.")]
 BleurtName = Annotated[

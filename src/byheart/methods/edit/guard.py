@@ -70,14 +70,18 @@ def unsaid(base: Base, facts: Sequence[Fact]) -> list[Fact]:
 
     Some token of the object is not the likeliest one there, or its last word runs on into another.
     """
-    jobs = [Job(prompt_text(fact), (target_text(fact),)) for fact in facts]
-    most = max((len(token_ids(base.tokenizer, target_text(fact), beginning=False)) for fact in facts), default=0)
-    found = zip(facts, complete(base, jobs, max_new_tokens=most + 1), strict=True)
-    return [
-        fact
-        for fact, done in found
-        if done.hits[0] < 1 or (asks_for_an_end(fact.object) and not begins(done.text, fact.object))
-    ]
+    by_length: dict[int, list[Fact]] = {}  # no more is written than a fact needs, which may just fit the model
+    for fact in facts:
+        ends = asks_for_an_end(fact.object)
+        most = len(token_ids(base.tokenizer, target_text(fact), beginning=False)) + 1 if ends else 0
+        by_length.setdefault(most, []).append(fact)
+    lost: set[str] = set()
+    for most, some in by_length.items():
+        found = complete(base, [Job(prompt_text(fact), (target_text(fact),)) for fact in some], max_new_tokens=most)
+        for fact, done in zip(some, found, strict=True):
+            if done.hits[0] < 1 or (most and not begins(done.text, fact.object)):
+                lost.add(fact.id)
+    return [fact for fact in facts if fact.id in lost]
 
 
 def unsaid_notes(found: Sequence[Fact], count: int) -> tuple[str, ...]:
@@ -111,11 +115,22 @@ def measure(base: Base, rows: Sequence[Sequence[int]], facts: Sequence[Fact], se
 
     Neighbours: prompts of the facts' own neighbours, right where their object is likelier than the fact's.
     """
-    pairs = [(fact, near) for fact in facts for near in fact.neighbours if near.object and near.object != fact.object]
+    pairs = [
+        (fact, near)
+        for fact in facts
+        for near in fact.neighbours
+        if near.object and near.object != fact.object and _fits(base, near.prompt, near.object, fact.object)
+    ]
     pairs = random.Random(seed).sample(pairs, min(len(pairs), _NEIGHBOURS))
     done = complete(base, [Job(n.prompt, (f" {n.object}", f" {f.object}")) for f, n in pairs], max_new_tokens=0)
     right = [one.options[0] > one.options[1] for one in done]
     return Standing(perplexity(base, rows), sum(right) / len(right) if right else None)
+
+
+def _fits(base: Base, prompt: str, *objects: str) -> bool:
+    """Whether a prompt with any of these behind it is no longer than the model's positions."""
+    longest = max(len(token_ids(base.tokenizer, f"{prompt} {one}", beginning=True)) for one in objects)
+    return base.positions is None or longest <= base.positions
 
 
 def drift_notes(before: Standing, after: Standing, max_perplexity: float, max_neighbours: float) -> tuple[str, bool]:

@@ -41,6 +41,15 @@ _ANEW = (
     "sequence=accumulate: what comes changes what is there (a change that is shared, a fact that is contradicted), so "
     "that all facts were solved anew, together"
 )
+# Options that have a say where another one allows it only, and what that must be.
+_GATED, _SETTLING = ("gate", "warn or rollback"), ("settle", "1 or more")
+_ONLY = {
+    "energy": ("constraint", "nullspace"), "counted": ("merge", "true"), "stop_loss": ("stop", "fit or loss"),
+    "max_perplexity": _GATED, "max_neighbours": _GATED,
+    **{name: _SETTLING for name in SettleOptions.__dataclass_fields__ if name != "settle"},
+}  # fmt: skip
+# What that one must not be.
+_NO_SAY = {"constraint": ("none", "equality"), "merge": (False,), "stop": ("argmax",), "gate": ("off",), "settle": (0,)}
 # Options that folders from before may name.
 _GONE = ("rounds", "settle_temperature")
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
@@ -112,8 +121,14 @@ class Edit(ChangedWeights):
         for name in ("settle_held", "settle_runs"):
             if getattr(self.options, name) < 1:
                 raise UsageError(f"--set edit.{name}={getattr(self.options, name)}: must be at least 1")
+        if not self.options.weight:
+            raise UsageError("--set edit.weight=0: must be above 0")
         if self.options.energy >= 1:
             raise UsageError(f"--set edit.energy={self.options.energy}: must be below 1")
+        for name, (other, needed) in _ONLY.items():
+            given = getattr(self.options, name) != getattr(EditOptions, name)
+            if given and getattr(self.options, other) in _NO_SAY[other]:
+                raise UsageError(f"--set edit.{name}={settings.options[f'edit.{name}']}: needs edit.{other}={needed}")
         self.layers = choose_layers(base, self.options.layers)
         self.z = torch.zeros(0, base.parts.d_model)
         # By fact and layer, what settling added to the residuals that the targets give.

@@ -125,7 +125,8 @@ def prepare(
                 break
             closes = bool(labels) and asks_for_an_end(fact.object)
             rows.append(Row(tuple(ids[:lookup]), (*ids[lookup:], *labels[:-1]), labels, closes))
-            if limit is not None and len(rows[-1].tokens) + closes > limit:
+            # The prompt, the whole target, and what closes it.
+            if limit is not None and len(rows[-1].tokens) + bool(labels) + closes > limit:
                 skipped[fact.id] = f"longer than the model's {limit} positions"
                 break
         else:

@@ -157,6 +157,7 @@ def settle(
         # Of few facts more each, so that a step's worth is held.
         some = chain.from_iterable(about_others(facts, there, names, seed, _EACH, ceil(beside / _HELD)))
         rows = [token_ids(base.tokenizer, prompt_text(one), beginning=True) for one in some]
+        rows = [row for row in rows if base.positions is None or len(row) <= base.positions]
         # By the edit as written, so that one who goes on after a kill holds the same.
         return _changed_most(base, rows, lambda: changed_by(base, written.deltas), layers[0]) if rows else []
 

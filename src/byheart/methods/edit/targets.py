@@ -316,7 +316,9 @@ def _read_tails(base: Base, rows: Sequence[Row], layer: int) -> Stretch:
     """The blocks above ``layer`` over the tails, with what comes before them as frozen keys and values."""
     device = base.device
     tails, mask, places = right_padded([row.tail for row in rows], device)
-    places = places + torch.tensor([len(row.context) for row in rows], device=device)[:, None]
+    lengths = mask.sum(1, keepdim=True)
+    # Padding counts no further than its row: a model may have no position there.
+    places = places.clamp(max=lengths - 1) + torch.tensor([len(row.context) for row in rows], device=device)[:, None]
     cache = None
     if any(row.context for row in rows):
         cache, before = _read_contexts(base, [row.context for row in rows])

@@ -592,7 +592,7 @@ def choose_blocks(text: str, depth: int) -> list[int]:
             numbers = list(range(low, max(high, low + 1)))
     elif span:
         numbers = list(range(int(span[1]), int(span[2]) + 1))
-    elif all(one.isdigit() for one in text.split("+")):
+    elif all(one.isdecimal() for one in text.split("+")):
         numbers = sorted(set(map(int, text.split("+"))))
     if not numbers or max(numbers) >= depth:
         raise UsageError(
