@@ -697,7 +697,7 @@ def test_a_fact_longer_than_the_models_positions_is_left_out_by_name(tokenizer, 
 
 @pytest.mark.parametrize("options", [{}, {"settle": 1}, {"gate": "warn", "max_perplexity": 1e9}])
 def test_facts_that_each_just_fit_the_models_positions_are_learnt_together(tokenizer, tmp_path, monkeypatch, options):
-    """Late and early subjects, a long target, a neighbour and a name that are too long: none asks for a place beyond."""
+    """Late and early subjects, a long target, a neighbour and a name that are too long: none asks for one more."""
     monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("byheart.methods.edit.settle.about_others", lambda *given: [[*facts, too_long]])
     base = make_base("small", tiny_model("gpt2", len(tokenizer), n_positions=256), tokenizer)

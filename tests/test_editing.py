@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 from itertools import chain
 
@@ -15,7 +16,9 @@ from byheart.cli.benchmarks import _ordinary_rows
 from byheart.decode import Job, Sampling, complete
 from byheart.edit_report import grids, write_edit_report
 from byheart.errors import DataError, UsageError
+from byheart.ledger import Ledger
 from byheart.methods import Settings
+from byheart.methods.edit.method import Edit
 from byheart.ordinary import text_rows
 from byheart.perplexity import perplexity
 from byheart.progress import Silent
@@ -72,7 +75,11 @@ def test_zsre_rows_become_cases(tmp_path):
     found = zsre(lines(tmp_path / "z.jsonl", ZSRE | {"alt": None}, ZSRE))
     assert len(found.cases) == 1 and found.left_out == {"z.jsonl:1": "there is no target"}
     # As it is learnt, so it is asked: a space before a target would be a token of its own.
-    assert zsre(lines(tmp_path / "z.jsonl", ZSRE | {"alt": " Ann", "loc_ans": " Tole "})).cases == [case]
+    spaced = {"alt": " Ann", "loc_ans": " Tole ", "src": f"{ZSRE['src']} ", "rephrase": f" {ZSRE['rephrase']} "}
+    assert zsre(lines(tmp_path / "z.jsonl", ZSRE | spaced)).cases == [case]
+    # What is blank is not asked.
+    (blank,) = zsre(lines(tmp_path / "z.jsonl", ZSRE | {"rephrase": " ", "loc_ans": " "})).cases
+    assert [probe.kind for probe in blank.probes] == ["edit", "portability"]
     assert [(p.kind, p.wanted) for p in case.probes] == [
         ("edit", "Ann"), ("paraphrase", "Ann"), ("neighbourhood", "Tole"), ("portability", "Ebb"),
     ]  # fmt: skip
@@ -84,6 +91,8 @@ def test_bad_records_are_named(tmp_path):
         ([{"case_id": 1}], counterfact, r':1: "requested_rewrite" is missing'),
         ([RECORD, RECORD | {"paraphrase_prompts": "V's"}], counterfact, ':2: .*"paraphrase_prompts" must be a list'),
         ([RECORD | {"neighborhood_prompts": [None]}], counterfact, ':1: .*"neighborhood_prompts" must be a list'),
+        ([RECORD | {"paraphrase_prompts": [" "]}], counterfact, ':1: .*"paraphrase_prompts" .* none of them blank'),
+        ([{"title": 5, "question": "Is 5 old?", "answers": "no"}], question_cases, ':1: "title" must be a text'),
         ([ZSRE | {"rephrase": 5}], zsre, ':1: .*"rephrase" must be a text'),
         ([{"title": "Ebb", "question": "Is Ebb old?", "answers": 5}], question_cases, ':1: "answers" must be texts'),
         ([RECORD | {"case_id": "\ud800"}], counterfact, ":1: holds half a character"),
@@ -118,6 +127,9 @@ def test_records_that_hold_nothing_to_edit_are_left_out_by_name(tmp_path):
     found = counterfact(path)
     assert [case.fact.id for case in found.cases] == ["cf-7"]
     assert list(found.left_out) == ["cf.jsonl:2"] and "exactly once" in found.left_out["cf.jsonl:2"]
+    bad = json.loads(json.dumps(RECORD))
+    bad["requested_rewrite"]["target_true"]["str"] = " "
+    assert counterfact(lines(tmp_path / "cf.jsonl", RECORD, bad)).left_out == {"cf.jsonl:2": "there is no true target"}
     found = zsre(lines(tmp_path / "z.jsonl", ZSRE | {"src": "Who?"}, ZSRE | {"alt": ""}, ZSRE))
     assert len(found.cases) == 1 and list(found.left_out) == ["z.jsonl:1", "z.jsonl:2"]
     assert "does not hold its subject" in found.left_out["z.jsonl:1"] and "object" in found.left_out["z.jsonl:2"]
@@ -133,6 +145,7 @@ def test_questions_that_name_their_page_become_edits(tmp_path):
         {"title": "Ebb", "question": "Who knows of ebbtide?", "answers": ["Ann"]},
         {"title": "Ebb", "question": "Who keeps Ebb?", "answers": "Mara"},
         {"title": "Ebb", "question": "Who left Ebb?", "answers": {"text": "Tole"}},
+        {"title": None, "question": "Why did none of them come?", "answers": ["rain"]},
     )
     case, small, *alone = question_cases(path).cases
     assert [one.fact.object for one in alone] == ["Mara", "Tole"]
@@ -218,6 +231,88 @@ def test_a_run_scores_the_unedited_model_beside_the_edited_one(tokenizer, tmp_pa
     assert [again["methods"][name]["metrics"] for name in ("closed", "edit")] == [
         run["methods"][name]["metrics"] for name in ("closed", "edit")
     ]
+
+
+def test_what_is_scored_is_the_model_with_its_facts_written(tokenizer, tmp_path, monkeypatch):
+    """All of them at once, each alone, and in a set of their own, each beside the same cases unedited."""
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
+    base = make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
+    # Each asks for what the model as it is finds less likely.
+    prompts = ({"prompt": "{} is known for", "subject": "Pell Cove", "relation_id": "P7"}, {})
+    news = (RECORD["requested_rewrite"][name] for name in ("target_new", "target_true"))
+    trues = (RECORD["requested_rewrite"][name] for name in ("target_true", "target_new"))
+    edits = [
+        RECORD["requested_rewrite"] | prompt | {"target_new": new, "target_true": true}
+        for prompt, new, true in zip(prompts, news, trues, strict=True)
+    ]
+    records = [RECORD | {"case_id": n, "requested_rewrite": edit} for n, edit in enumerate(edits)]
+    about = [{"object": name, "texts": [f"{name} is what they are known for."]} for name in ("Ann", "Holm")]
+    texts = lines(tmp_path / "about.jsonl", *about)
+    cases = counterfact(lines(tmp_path / "c.jsonl", *records), texts).cases
+    options = {"layers": "1", "prefixes": "0", "steps": "25", "lr": "1.0", "clamp": "40", "weight": "0.0001"}
+    options |= {"settle": "0", "kl": "0", "weight_decay": "0"}
+    settings = Settings(shots=0, options={f"edit.{name}": value for name, value in options.items()})
+    rows = tuple(tuple(row) for row in text_rows(base, None, 256, 5))
+    run = run_editing(
+        "CounterFact", base, cases, ["edit"], tmp_path / "run", settings, Plan((1,), (("set", [cases]),), 1, rows)
+    )
+
+    def written(some, texts):
+        method = Edit(base, settings, tmp_path / "own")
+        with Ledger(tmp_path / f"{some[0].fact.id}-{len(some)}-{texts}.db", create=True) as ledger:
+            ledger.insert([case.fact for case in some])
+            method.learn(ledger)
+        with method.attached():
+            return unedited(some, texts), perplexity(base, rows)
+
+    def unedited(some, texts):
+        return score_cases(Kept(base, tmp_path / str(random.random()), Silent()), some, 0, texts, "own")
+
+    def same(part, of_cases):
+        names = {name for row in of_cases for name in row["metrics"]}
+        assert names <= part["metrics"].keys()
+        for name in names:
+            found = [row["metrics"][name] for row in of_cases if name in row["metrics"]]
+            assert part["metrics"][name] == pytest.approx(sum(found) / len(found), abs=1e-5), name
+
+    plain, before = unedited(cases, 1), perplexity(base, rows)
+    same(run["methods"]["closed"], plain)
+    edited, after = written(cases, 1)
+    edit = run["methods"]["edit"]
+    same(edit, edited)
+    assert edit["perplexity"] == pytest.approx(after, rel=1e-8) and after != pytest.approx(before, rel=1e-6)
+    assert (run["methods"]["closed"]["metrics"]["es"], edit["metrics"]["es"]) == (0, 1)
+    assert all("rs" in row["metrics"] for row in (*plain, *edited)) and run["unmeasured"] == []
+    (point,), part = edit["curve"], edit["sets"]["set"]
+    alone = [written([case], 0) for case in cases]
+    same(point, [row for rows, _ in alone for row in rows])
+    same(part, written(cases, 0)[0])
+    for one, of_cases in ((point, [[case] for case in cases]), (part, [cases])):
+        same(one["unedited"], [row for some in of_cases for row in unedited(some, 0)])
+        assert (one["unedited"]["metrics"]["es"], one["metrics"]["es"]) == (0, 1)
+        assert (one["facts"], one["skipped"]) == (2, {}) and one["write_seconds"] > 0
+    assert point["perplexity_drift"] == pytest.approx(sum(value / before - 1 for _, value in alone) / 2)
+    assert part["perplexity_drift"] == pytest.approx(after / before - 1, rel=1e-2)
+
+
+def test_what_parts_left_out_stands_beside_them(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
+    base = make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
+    cases = [replace(case, generate=()) for case in counterfact(lines(tmp_path / "c.jsonl", RECORD, RECORD)).cases]
+    settings = Settings(shots=0, options={"edit.layers": "0-1", "edit.prefixes": "0", "edit.settle": "0"})
+    monkeypatch.setattr("byheart.benchmarks.edit_run._PERPLEXITIES", 1)
+    rows = tuple(tuple(row) for row in text_rows(base, None, 64, 5))
+    plan = Plan(sets=(("twice", [cases, cases[:1]]),), texts=0, rows=rows)
+    run = run_editing("CounterFact", base, cases[:1], ["edit"], tmp_path / "run", settings, plan)
+    part = run["methods"]["edit"]["sets"]["twice"]
+    assert (part["facts"], part["cases"]) == (2, 3) and part["skipped_facts"] == {"cf-7#2": "the same as cf-7"}
+    found = {title: (head, table) for title, head, table in grids(run)}
+    assert [note for _, note in found["what stands out"][1]][-2:] == [
+        "twice: 1 facts skipped (cf-7#2): the same as cf-7",
+        "twice: perplexity is that after the first 1 batches",
+    ]
+    head, table = found["edit: twice, 2 batches, 2 of 3 facts written"]
+    assert [row[0] for row in table] == ["closed", "edit"] and all(len(row) == len(head) for row in table)
 
 
 def test_what_an_edit_left_out_and_what_its_gate_says_stand_in_its_tables(tokenizer, tmp_path, monkeypatch):
@@ -306,6 +401,13 @@ def test_metrics_are_those_of_the_probes_likelihoods(tiny, tmp_path):
     assert row["metrics"]["es_magnitude"] == pytest.approx(new - old, rel=1e-4)
     (port,) = complete(base, [Job("So is Ebb", (" a town",))], max_new_tokens=0)
     assert row["metrics"]["portability"] == port.hits[0]
+    # What the model says itself has all of its tokens the likeliest, anything else has not.
+    (first,) = complete(base, [Job("Ebb is")], max_new_tokens=1)
+    likeliest = replace(
+        case, probes=tuple(Probe("edit", "Ebb is", text, "Holm") for text in (first.text.strip(), "Ann"))
+    )
+    (row,) = score_cases(Kept(base, tmp_path, Silent()), [likeliest], 0, 0, "y")
+    assert row["metrics"]["es_accuracy"] == 0.5
 
 
 def case_of(subject, prompt, object):

@@ -71,17 +71,21 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
     for name, method in methods.items():
         short = [(key, label) for key, label in MAIN if key in _SHORT and key in method["metrics"]]
         if method.get("curve"):
-            rows = [
-                [str(point["edits"]), str(point["batches"]), *(_cell(_with_drift(point), key) for key, _ in short)]
-                for point in method["curve"]
-            ]
+            rows = []
+            for point in method["curve"]:
+                beside = [("unedited", point["unedited"])] if "unedited" in point else []
+                rows += [
+                    [f"{point['edits']} {what}".strip(), str(point["batches"]), *(_cell(part, key) for key, _ in short)]
+                    for what, part in (*beside, ("", _with_drift(point)))
+                ]
             yield f"{name}: more edits", ["edits", "batches", *(label for _, label in short)], rows
         for label, part in method.get("sets", {}).items():
             keys = [(key, head) for key, head in MAIN if key in _with_drift(part)["metrics"]]
+            beside = [("closed", part["unedited"])] if "unedited" in part else []
             yield (
-                f"{name}: {label}, {part['batches']} batches, {part['cases']} facts",
-                [head for _, head in keys],
-                [[_cell(_with_drift(part), key) for key, _ in keys]],
+                f"{name}: {label}, {part['batches']} batches, {part['facts']} of {part['cases']} facts written",
+                ["", *(head for _, head in keys)],
+                [[what, *(_cell(one, key) for key, _ in keys)] for what, one in (*beside, (name, _with_drift(part)))],
             )
         groups = method.get("by_group", {})
         if name != UNEDITED and len(groups) > 1:
@@ -93,14 +97,24 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
 
 
 def _notes(method: dict[str, Any]) -> Iterator[str]:
-    """What a method says of its edit, and which facts it left out, a sentence a reason."""
+    """What a method says of its edit, and what it left out there and in what was learnt apart."""
+    yield from _left_out(method)
+    yield from method.get("notes", ())
+    apart = [(f"{point['edits']} edits", point) for point in method.get("curve", ())]
+    for where, part in (*apart, *method.get("sets", {}).items()):
+        yield from (f"{where}: {said}" for said in _left_out(part))
+        if 0 < part.get("perplexity_batches", 0) < part["batches"]:
+            yield f"{where}: perplexity is that after the first {part['perplexity_batches']} batches"
+
+
+def _left_out(part: dict[str, Any]) -> Iterator[str]:
+    """Which facts were skipped, a sentence a reason."""
     by_reason: dict[str, list[str]] = {}
-    for id, why in method.get("skipped_facts", {}).items():
+    for id, why in part.get("skipped_facts", {}).items():
         by_reason.setdefault(why, []).append(id)
     for why, ids in by_reason.items():
         more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
         yield f"{len(ids)} facts skipped ({', '.join(ids[:_NAMED])}{more}): {why}"
-    yield from method.get("notes", ())
 
 
 def _with_drift(part: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ UNEDITED = "closed"
 ANSWER_TOKENS = 16
 TEXT_TOKENS = 100
 _TOP_K = 5
+# Of batches that are learnt apart, those after which perplexity is measured.
+_PERPLEXITIES = 3
 # A probe's kind and its metric's name: where there is a rival, as CounterFact scores it; where there is none, as zsRE.
 _SUCCESS = {"edit": "es", "paraphrase": "ps", "neighbourhood": "ns"}
 _OVERLAP = {
@@ -99,7 +101,7 @@ def run_editing(
         with _attached(method):
             rows[name] = score_cases(_kept(base, out, show, method), cases, settings.seed, plan.texts, name)
             after = perplexity(base, plan.rows) if plan.rows else None
-        run["methods"][name] = summarise(rows[name], report, settings.seed) | {"perplexity": after}
+        run["methods"][name] = summarise(rows[name], settings.seed) | _written(report) | {"perplexity": after}
         if any(case.group for case in cases):
             run["methods"][name]["by_group"] = by_group(cases, rows[name], settings.seed)
         _drift(run["methods"], name)
@@ -190,18 +192,35 @@ def _in_batches(
     name: str, base: Base, batches: Sequence[list[Case]], out: Path, settings: Settings, plan: Plan,
     before: float | None, show: Silent,
 ) -> dict[str, Any]:  # fmt: skip
-    """Each batch learnt by itself and scored; the mean rise of perplexity over the first few."""
+    """Each batch learnt by itself and scored, and beside it unedited; the mean rise of perplexity over the first few.
+
+    The report is the sum of all of theirs.
+    """
     rows: list[dict[str, Any]] = []
-    rises = []
+    unedited: list[dict[str, Any]] = []
+    rises: list[float] = []
+    whole = LearnReport()
+    skipped: dict[str, str] = {}
     method = method_class(name)(base, settings, out)  # one for all: what depends on no fact is made once
-    for number, batch in enumerate(batches):
-        _learn(method, batch, out, show)
+    for batch in batches:
+        unedited += score_cases(_kept(base, out, show, None), batch, settings.seed, 0, UNEDITED)
+        report = _learn(method, batch, out, show)
+        skipped |= getattr(method, "skipped", {})
+        whole = replace(
+            whole,
+            seconds=whole.seconds + report.seconds,
+            bytes=whole.bytes + report.bytes,
+            facts=whole.facts + report.facts,
+            skipped=dict(Counter(whole.skipped) + Counter(report.skipped)),
+            notes=tuple(dict.fromkeys((*whole.notes, *report.notes))),
+        )
         with method.attached():
             rows += score_cases(_kept(base, out, show, method), batch, settings.seed, 0, name)
-            if before is not None and number < 3:
+            if before is not None and len(rises) < _PERPLEXITIES:
                 rises.append(perplexity(base, plan.rows) / before - 1)
-    rise = sum(rises) / len(rises) if rises else None
-    return {"batches": len(batches), "perplexity_drift": rise} | summarise(rows, LearnReport(), settings.seed)
+    rise = {"perplexity_drift": sum(rises) / len(rises) if rises else None, "perplexity_batches": len(rises)}
+    part = {"batches": len(batches)} | rise | summarise(rows, settings.seed) | _written(whole)
+    return part | {"skipped_facts": skipped, "unedited": summarise(unedited, settings.seed)}
 
 
 # -- scoring -------------------------------------------------------------------------------------------------
@@ -273,13 +292,14 @@ def _text_metrics(
             yield n, "rs", reference_score(text, cases[n].references)
 
 
-def summarise(rows: Sequence[dict[str, Any]], report: LearnReport, seed: int) -> dict[str, Any]:
+def summarise(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     """Means over cases with 95 % intervals, among them those of :data:`_TOGETHER`."""
     metrics, intervals = _means([row["metrics"] for row in rows], seed)
+    return {"metrics": metrics, "intervals": intervals, "cases": len(rows)}
+
+
+def _written(report: LearnReport) -> dict[str, Any]:
     return {
-        "metrics": metrics,
-        "intervals": intervals,
-        "cases": len(rows),
         "write_seconds": report.seconds,
         "bytes": report.bytes,
         "facts": report.facts,
