@@ -1,6 +1,8 @@
 """The method `edit` as users meet it: learn, undo, revise, keep, export, guard rails, prompts, tracing."""
 
 import datetime as dt
+import json
+from datetime import date
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from byheart import ordinary
-from byheart.base import make_base
+from byheart.base import load_base, make_base
+from byheart.cli import learning
 from byheart.decode import Completion, Job, complete
 from byheart.edit_report import write_trace_report
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.losses import drift
 from byheart.methods import Settings, method_class
-from byheart.methods.edit import guard, solve, targets
+from byheart.methods.edit import baselines, causal, guard, solve, targets
 from byheart.methods.edit import settle as settle_module
 from byheart.methods.edit import sweep as sweep_module
 from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, known_facts, trace
@@ -436,7 +439,7 @@ def test_so_many_times_as_much_is_held_a_step(base, tmp_path, monkeypatch):
 
 
 def test_settling_goes_on_where_it_was_killed(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("byheart.training._SAVE_EVERY", 0.0)
+    monkeypatch.setattr("byheart.training.SAVE_EVERY", 0.0)
     whole, rate = learnt(base, tmp_path, settle=4), Recipe.rate
     killed = Edit(base, whole.settings, tmp_path / "killed")
     told = []
@@ -825,6 +828,44 @@ def test_the_text_of_an_edit_need_not_be_at_hand_to_undo(text, base, tmp_path, m
     assert len(again.facts) == 3 and all(map(torch.equal, weights_with(again), weights_with(method)))
 
 
+def test_facts_come_and_go_by_their_dates_when_followed(base, tmp_path, monkeypatch):
+    base.model.save_pretrained(tmp_path / "tiny")
+    base.tokenizer.save_pretrained(tmp_path / "tiny")
+    there, known = load_base(str(tmp_path / "tiny")), tmp_path / "known"
+
+    def day(*of):
+        monkeypatch.setattr(dt, "date", type("Day", (date,), {"today": classmethod(lambda cls: date(*of))}))
+
+    def followed():
+        learning._follow(known, ledger.path)
+        method = Edit.from_pretrained(known, there)
+        return [fact.id for fact in method.facts], method.skipped, method.stand == ledger.stand
+
+    day(2030, 1, 1)
+    until, since = FACTS[0].model_copy(update={"valid_to": date(2030, 2, 1)}), FACTS[1]
+    since = since.model_copy(update={"valid_from": date(2030, 2, 1)})
+    ledger = ledger_of(tmp_path, [until, since, FACTS[2]])
+    method = Edit(there, Settings(shots=0, options=TINY), tmp_path / "work")
+    method.learn(ledger)
+    method.save_pretrained(known)
+    before = (["quay", "mora"], {"cove": "holds from 2030-02-01 on"}, True)
+    assert followed() == before
+    day(2030, 1, 31)
+    monkeypatch.setattr(Edit, "from_pretrained", lambda *given: pytest.fail("nothing is due"))
+    learning._follow(known, ledger.path)
+    monkeypatch.undo()
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
+    day(2030, 2, 1)
+    after = (["mora", "cove"], {"quay": "held until 2030-02-01"}, True)
+    assert followed() == after == followed()
+    # Together with what happened to the ledger meanwhile.
+    method.save_pretrained(known)
+    card = json.loads((known / "byheart.json").read_text())
+    (known / "byheart.json").write_text(json.dumps(card | {"day": "2030-01-31"}))
+    ledger.retract("fact", "mora")
+    assert followed() == (["cove"], {"quay": "held until 2030-02-01"}, True)
+
+
 def test_a_baseline_follows_without_its_text(base, tmp_path, monkeypatch):
     rome = method_class("rome")(
         base, Settings(shots=0, options={"rome.text": "ledger", "rome.layers": "0-1", "rome.tokens": "1"}), tmp_path
@@ -1110,12 +1151,12 @@ def test_any_subject_is_found(tokenizer, subject):
         assert "".join(subject.split()) in "".join(tokenizer.decode([*row.context, row.tail[0]]).split())
 
 
-def test_tracing_finds_the_subject_and_restores_everything(base):
+def test_tracing_finds_the_subject_and_restores_everything(base, tmp_path):
     facts = [
         Fact(id=str(n), subject=s, prompt="The mayor of {} is called", object="x")
         for n, s in enumerate(("Vellmora", "Pell Cove"))
     ]
-    traced = trace(base, facts, samples=2, window=3)
+    traced = trace(base, facts, samples=2, window=3, store=tmp_path / "effects.json")
     effects = average_effects(traced)
     assert effects.shape == (len(PARTS), 6, 3)
     for one in traced:
@@ -1125,11 +1166,67 @@ def test_tracing_finds_the_subject_and_restores_everything(base):
         assert one.effect[0, LAST_SUBJECT, -1].item() == pytest.approx(0, abs=1e-5)
         # The last block's MLP alone cannot bring back what is said at the last token; all of them together can.
         assert one.effect[PARTS.index("mlp"), 5, 1].item() != pytest.approx(0, abs=1e-7)
-    whole = trace(base, facts, samples=2, window=99)
+    whole = trace(base, facts, samples=2, window=99, store=tmp_path / "effects.json")
     for one, other in zip(whole, traced, strict=True):
         # Over all blocks it is the same wherever the window's middle is, and other than over three.
         mlp, narrow = (found.effect[PARTS.index("mlp"), LAST_SUBJECT] for found in (one, other))
         assert mlp[1:].std().item() == pytest.approx(0, abs=1e-6) and not torch.allclose(mlp, narrow)
+
+
+def test_a_trace_goes_on_after_a_kill_and_is_kept(base, tmp_path, monkeypatch):
+    facts = [Fact(id=str(n), subject=s, prompt="The mayor of {} is called", object="Ann") for n, s in enumerate("ABCD")]
+    one_by_one, done = causal._trace_one, []
+
+    def counted(*given):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(given[1].fact.id)
+        return one_by_one(*given)
+
+    whole = trace(base, facts, samples=2, window=3, store=tmp_path / "other.json")
+    monkeypatch.setattr(causal, "_trace_one", counted)
+    with pytest.raises(KeyboardInterrupt):
+        trace(base, facts, samples=2, window=3, store=tmp_path / "effects.json")
+    done.clear()
+    ticks = []
+    again = trace(base, facts, samples=2, window=3, store=tmp_path / "effects.json", on_done=ticks.append)
+    assert done == ["2", "3"] and sum(ticks) == 4
+    for one, other in zip(again, whole, strict=True):
+        assert (one.fact, one.clean, one.corrupted) == (other.fact, other.clean, other.corrupted)
+        assert torch.equal(one.effect.nan_to_num(-9), other.effect.nan_to_num(-9))
+    done[:] = ["none"]
+    assert len(trace(base, facts, samples=2, window=3, store=tmp_path / "effects.json")) == 4 and done == ["none"]
+    trace(base, facts[:1], samples=2, window=5, store=tmp_path / "effects.json")  # another trace is another
+    assert done == ["none", "0"]
+
+
+def test_rome_goes_on_after_a_kill(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "SAVE_EVERY", 0.0)
+    search, sought, limit = baselines.find_targets, [], [2]
+
+    def counted(base, some, *given):
+        if len(sought) == limit[0]:
+            raise KeyboardInterrupt
+        sought.append(some[0].fact.id)
+        return search(base, some, *given)
+
+    def rome(folder):
+        options = {"rome.layers": "0-1", "rome.tokens": "1"}
+        method = method_class("rome")(base, Settings(shots=0, options=options), tmp_path / folder)
+        with ledger_of(tmp_path, FACTS) as ledger:
+            ticks = []
+            method.learn(ledger, ticks.append)
+        assert sum(ticks) == len(FACTS)
+        return method
+
+    whole = rome("whole")
+    monkeypatch.setattr(baselines, "find_targets", counted)
+    with pytest.raises(KeyboardInterrupt):
+        rome("killed")
+    limit[0] = 99
+    again = rome("killed")
+    assert sought == [fact.id for fact in FACTS]  # each once
+    assert same(weights_with(again), weights_with(whole)) and not list((tmp_path / "killed" / "rome").iterdir())
 
 
 def test_the_range_is_where_mlps_recall_most_at_the_subject():
@@ -1139,21 +1236,27 @@ def test_the_range_is_where_mlps_recall_most_at_the_subject():
     effect[PARTS.index("mlp"), LAST_SUBJECT, 7:13] = 1
     effect[PARTS.index("mlp"), LAST_SUBJECT, 25:] = 2  # not in the lower two thirds
     assert best_range(effect) == (7, 12)
-    assert best_range(torch.full((len(PARTS), 6, 3), float("nan"))) == (0, 1)
+    effect[PARTS.index("mlp"), LAST_SUBJECT, 14:25] = 3
+    assert best_range(effect) == (14, 19)  # its end is in them, too
+    # Of few layers a third is looked for.
+    assert best_range(torch.full((len(PARTS), 6, 3), float("nan"))) == (0, 0)
+    effect = torch.zeros(len(PARTS), 6, 7)
+    effect[PARTS.index("mlp"), LAST_SUBJECT, 1:3] = 1
+    assert best_range(effect) == (1, 2)
 
 
-def test_a_fact_is_known_where_each_of_its_tokens_is_the_likeliest(base):
+def test_a_fact_is_known_where_each_of_its_tokens_is_the_likeliest(base, tmp_path):
     fact = FACTS[0]
     (said,) = complete(base, [Job(prompt_text(fact))], max_new_tokens=1)
     known = fact.model_copy(update={"object": said.text.strip()})
     assert said.text.strip() and known_facts(base, [fact, known]) == [known]
-    (one,) = trace(base, [known], samples=1)
+    (one,) = trace(base, [known], samples=1, store=tmp_path / "effects.json")
     ids = torch.tensor([base.tokenizer(prompt_text(known))["input_ids"]])
     with torch.no_grad():
         clean = base.model(input_ids=ids).logits[0, -1].softmax(-1)
     assert one.clean == pytest.approx(float(clean.max()), rel=1e-4)
     # Of a fact that is none of the model's, it is the object's probability all the same.
-    (other,) = trace(base, [fact], samples=1)
+    (other,) = trace(base, [fact], samples=1, store=tmp_path / "effects.json")
     assert other.clean < one.clean
 
 
@@ -1166,14 +1269,14 @@ def test_a_model_that_knows_too_little_is_swept(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep_module, "_likelier", likelier)
     (tmp_path / "trace.png").write_bytes(b"of another model")
-    record = trace_base(base, None, 40, 1, 3, 0, Silent())
+    record = trace_base(base, None, 40, 1, 3, 0, tmp_path, Silent())
     assert record["facts"] == 0 and record["how"].startswith("a sweep") and asked
     assert choose_layers(base, "auto") == tuple(range(record["range"][0], record["range"][1] + 1))
     page = write_trace_report(tmp_path, record).read_text()
     assert "Ranges tried out" in page and not (tmp_path / "trace.png").exists()
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"none.jsonl: holds no facts"):
-        trace_base(base, tmp_path / "none.jsonl", 40, 1, 3, 0, Silent())
+        trace_base(base, tmp_path / "none.jsonl", 40, 1, 3, 0, tmp_path, Silent())
 
 
 def test_a_traced_range_is_the_default(base, tmp_path):

@@ -332,7 +332,7 @@ def test_following_is_kept_as_it_goes(base, tmp_path, monkeypatch):
         done.append(change)
         return plain(self, change)
 
-    monkeypatch.setattr(learning, "_SAVE_EVERY", 0)
+    monkeypatch.setattr("byheart.storage.SAVE_EVERY", 0)
     with monkeypatch.context() as patch:
         patch.setattr(Memory, "revise", fails)
         with pytest.raises(DataError, match="here it ends"):
@@ -368,7 +368,7 @@ def test_a_lora_loads_in_peft_with_the_same_logits(base, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("keep", [0, 1])
 def test_a_killed_training_goes_on_to_the_same_weights(keep, base, tmp_path, monkeypatch):
-    monkeypatch.setattr("byheart.training._SAVE_EVERY", 0.0)
+    monkeypatch.setattr("byheart.training.SAVE_EVERY", 0.0)
     ledger = ledger_of(tmp_path)
     text = tmp_path / "text.txt"
     text.write_text("Rain fell on the hills and the road was closed. " * 80, encoding="utf-8")

@@ -134,7 +134,7 @@ def test_the_encoder_tells_where_its_tokens_stand(minilm):
 
 def test_a_killed_fit_goes_on_to_the_same(tiny, ledger, tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "_AT_ONCE", 1)
-    monkeypatch.setattr(tokens, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(tokens, "SAVE_EVERY", 0.0)
     base = tiny("llama")
     whole = prefix(base, tmp_path / "whole", encoder="tokens")
     whole.learn(ledger)

@@ -292,7 +292,7 @@ def test_a_training_that_is_done_reads_no_passage_again(tiny, ledger, tmp_path, 
 
 @pytest.mark.parametrize("how", [{"slots": 3}, {"encoder": "text", "columns": 3, "vicreg": 0.1}])
 def test_a_killed_training_goes_on_to_the_same_weights(tiny, ledger, tmp_path, monkeypatch, how):
-    monkeypatch.setattr("byheart.training._SAVE_EVERY", 0.0)
+    monkeypatch.setattr("byheart.training.SAVE_EVERY", 0.0)
     base, given = tiny("llama"), how | {"epochs": 4, "batch": 2}
     whole, killed, again = (prefix(base, tmp_path / name, **given) for name in ("one", "two", "two"))
     whole.learn(ledger)

@@ -15,10 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from byheart.storage import replacing
-
-# Seconds between two saves: what a kill can cost.
-_SAVE_EVERY = 60.0
+from byheart.storage import SAVE_EVERY, replacing
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ def train(
         done.losses.append(float(found.detach()))
         done.seconds += time.perf_counter() - began
         progress(1)
-        if time.perf_counter() - saved > _SAVE_EVERY or step + 1 == recipe.steps:
+        if time.perf_counter() - saved > SAVE_EVERY or step + 1 == recipe.steps:
             _save(named, optimizer, store, done)
             saved = time.perf_counter()
     return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import shutil
 import sys
@@ -36,12 +37,11 @@ from byheart.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from byheart.base import Base
+    from byheart.ledger import Change, Ledger
     from byheart.methods import Method
 
 
 app = typer.Typer()
-# Seconds of changes that a kill costs.
-_SAVE_EVERY = 60.0
 OwnBase = Annotated[
     str | None,
     typer.Option("--base", help="The language model it was made for; by default by the name that it had then."),
@@ -167,8 +167,8 @@ def _trace(
 
     show = Terminal()
     model = load_base(base, device=device, dtype=dtype, say=show.say)
-    record = trace_base(model, facts, limit or 40, samples, window, seed, show)
     out.mkdir(parents=True, exist_ok=True)
+    record = trace_base(model, facts, limit or 40, samples, window, seed, out, show)
     write_json(out / "trace.json", record)
     page = write_trace_report(out, record)
     first, last = record["range"]
@@ -190,39 +190,60 @@ def _follow(
     dtype: DtypeName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring what was learnt up to its ledger's last change: what is new is learnt, what is gone is taken out."""
+    """Bring what was learnt up to its ledger's last change, and to this day: what is new is learnt, what is gone goes.
+
+    A kill costs a minute; what comes or goes by its date is done first, and anew after a kill.
+    """
     from byheart.ledger import Ledger
     from byheart.progress import Terminal
-    from byheart.storage import read_card
+    from byheart.storage import SAVE_EVERY, read_card
 
-    stand = read_card(folder / "byheart.json", "ledger")["ledger"]
+    card = read_card(folder / "byheart.json", "ledger")
+    stand = card["ledger"]
     with Ledger(ledger) as opened:
         if not opened.passed(stand):
             raise DataError(f"{ledger}: is not the ledger that {folder} was learnt from; name that one, or learn anew")
         changes = list(opened.history(since=stand[0]))
+        due = _due(opened, card.get("day", ""), {change.id for change in changes})
         notes: list[str] = []
         seconds = 0.0
-        if changes:
+        if changes or due:
             model = _base_of([folder], base, device, dtype)
             method = _learnt_in(folder, model)
             saved = time.monotonic()
-            with Terminal().bar("follow: changes", len(changes)) as tick:
-                for change in changes:
+            with Terminal().bar("follow: changes", len(changes) + len(due)) as tick:
+                for change in (*due, *changes):
                     had = getattr(method, "skipped", {})
                     report = method.revise(change)
                     seconds += report.seconds
                     notes += _newly_skipped(method, had)
                     notes += [f"{change.kind} {change.id}: {note}" for note in report.notes]
                     tick(1)
-                    if time.monotonic() - saved > _SAVE_EVERY:
+                    if change in due:
+                        method.stand = stand  # it is no event of the ledger
+                    elif time.monotonic() - saved > SAVE_EVERY:
                         method.save_pretrained(folder)
                         method = _learnt_in(folder, model)  # what it had open has moved
                         saved = time.monotonic()
             method.save_pretrained(folder)
     for note in notes:
         print(note, file=sys.stderr)
-    record = {"changes": len(changes), "seconds": seconds, "notes": notes, "out": str(folder)}
-    emit(record, as_json, f"followed {len(changes)} changes in {seconds:.1f} s: {folder}")
+    record = {"changes": len(changes), "due": len(due), "seconds": seconds, "notes": notes, "out": str(folder)}
+    dated = f" and {len(due)} dates" if due else ""
+    emit(record, as_json, f"followed {len(changes)} changes{dated} in {seconds:.1f} s: {folder}")
+
+
+def _due(ledger: Ledger, day: str, changed: set[str]) -> list[Change]:
+    """The facts that have begun or ceased to hold since a day (ISO), each as if it were revised; unchanged ones."""
+    from byheart.ledger import Change
+
+    today = dt.date.today().isoformat()
+    return [
+        Change(0, today, "revise", "fact", fact.id, None, fact, fact)
+        for fact in ledger.facts()
+        if fact.id not in changed
+        and any(date and day < date.isoformat() <= today for date in (fact.valid_from, fact.valid_to))
+    ]
 
 
 @app.command("undo")

@@ -152,6 +152,8 @@ class Method(Protocol):
     name: str
     # The kind of row that learning counts.
     learns: Kind
+    # Where in its ledger's history what is learnt stands, as Ledger.stand gives it.
+    stand: list[Any]
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import random
 import shutil
 import time
@@ -138,6 +139,7 @@ class _Control:
                 "settings": self.settings.to_dict(),
                 "examples": examples,
                 "ledger": self.stand,
+                "day": dt.date.today().isoformat(),  # facts with dates hold as of then
             },
         )
 

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from byheart import __version__
 from byheart.attention import fast_attention
-from byheart.base import Base
+from byheart.base import Base, digest_of
 from byheart.blocks import Stretch
 from byheart.decode import batches
 from byheart.ledger import Change, Ledger
@@ -25,12 +28,13 @@ from byheart.methods.edit.covariance import moment_rows, second_moments
 from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.targets import TargetOptions, find_targets
-from byheart.methods.edit.weights import ChangedWeights, Deltas, changed_by, delta_bytes, stacked
+from byheart.methods.edit.weights import ChangedWeights, Deltas, changed_by, stacked
 from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.methods.facts import choose_facts
 from byheart.ordinary import ordinary_text, text_rows_of, text_tensor
 from byheart.padding import right_padded
 from byheart.rows import Fact
+from byheart.storage import SAVE_EVERY, fingerprint, replacing
 from byheart.surgery import add_to, matrix, out_first
 
 _NOTHING: Progress = lambda count: None  # noqa: E731
@@ -64,7 +68,7 @@ class Baseline(ChangedWeights):
         self.deltas = self._solve(prepared, progress) if prepared else {}
         return LearnReport(
             seconds=time.perf_counter() - began,
-            bytes=delta_bytes(self.deltas),
+            bytes=self.bytes,
             facts=len(self.facts),
             skipped=dict(Counter(self.skipped.values())),
         )
@@ -104,6 +108,7 @@ class FineTuned(Baseline):
         super().__init__(base, settings, work)
         self.options = parse_options(self.options_class, self.name, settings.options)
         self.layer = choose_layers(base, self.options.layers, self.name)[-1]
+        self.layers = (self.layer,)
 
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
         options, base = self.options, self.base
@@ -190,6 +195,7 @@ class Rome(Baseline):
         self.options = parse_options(RomeOptions, self.name, settings.options)
         layers = choose_layers(base, self.options.layers, self.name)
         self.layer = layers[len(layers) // 2]
+        self.layers = (self.layer,)
         self.rows: list[list[int]] = []
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
@@ -208,10 +214,32 @@ class Rome(Baseline):
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
         moments = second_moments(self.base, [self.layer], self.rows)
         writer = Writer(self.base, moments, WriteOptions(constraint="equality"))
-        deltas: Deltas = {}
-        for one in prepared:
+        made_with = [__version__, self.base.hash, str(self.base.dtype), self.layer, digest_of([text_tensor(self.rows)])]
+        mark = fingerprint(*made_with, self.settings.seed, [one.fact.model_dump_json() for one in prepared])
+        store = self.work / "rome" / f"{mark}.safetensors"
+        done, deltas = _begun(store, self.layer)
+        progress(done)
+        saved = time.perf_counter()
+        for number, one in enumerate(prepared[done:], done + 1):
             with changed_by(self.base, deltas):
                 z = find_targets(self.base, [one], self.layer, TargetOptions()).z
                 deltas = stacked(deltas, writer.write([one], z).deltas)
             progress(1)
+            if time.perf_counter() - saved > SAVE_EVERY:
+                with replacing(store) as path:
+                    factors = zip(("left", "right"), deltas[self.layer], strict=True)
+                    there = {name: factor.contiguous() for name, factor in factors if factor is not None}
+                    save_file(there, path, {"done": str(number)})
+                saved = time.perf_counter()
+        store.unlink(missing_ok=True)
         return deltas
+
+
+def _begun(store: Path, layer: int) -> tuple[int, Deltas]:
+    """How many facts an earlier run had written when it was killed, and its change."""
+    try:
+        with safe_open(store, "pt") as file:
+            there = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            return int(file.metadata()["done"]), {layer: (there.get("left"), there["right"])}
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return 0, {}  # not there, or not whole

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from byheart import __version__
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Stretch
@@ -17,6 +19,7 @@ from byheart.decode import Job, complete, option_ids
 from byheart.methods.edit.layers import WIDTH
 from byheart.methods.edit.prompts import find_lookup, prompt_text, target_text, tokenize
 from byheart.rows import SUBJECT_PLACE, Fact
+from byheart.storage import fingerprint, resumed
 from byheart.surgery import altered, observed
 
 Part = Literal["hidden", "mlp", "attention"]
@@ -57,6 +60,7 @@ def trace(
     window: int = 5,
     noise: float = 3.0,
     seed: int = 0,
+    store: Path,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[Traced]:
     """Causal tracing of facts that the model knows (Meng et al. 2022, section 2.1).
@@ -67,6 +71,7 @@ def trace(
 
     Args:
         samples: draws of the noise a fact.
+        store: where effects are kept as they are found: what goes on after a kill takes them from there.
     """
     rows = [_Subject.find(base, fact) for fact in facts]
     found = [row for row in rows if row is not None]
@@ -75,12 +80,18 @@ def trace(
         used = torch.cat([table(row.ids[row.first : row.last + 1]) for row in found])
     sigma = noise * float(used.float().std())
     scale = _embedding_scale(base)
-    traced = []
-    for number, row in enumerate(found):
+
+    def make(numbers: Sequence[int]) -> list[Any]:
         with fast_attention(base.model), torch.no_grad():
-            traced.append(_trace_one(base, row, samples, window, sigma, scale, seed + number))
-        on_done(1)
-    return traced
+            return [_trace_one(base, found[n], samples, window, sigma, scale, seed + n) for n in numbers]
+
+    told = [row.fact.model_dump_json() for row in found]
+    mark = fingerprint(__version__, base.hash, str(base.dtype), told, samples, window, noise, seed)
+    done = resumed(store, mark, range(len(found)), 1, make, on_done)
+    return [
+        Traced(row.fact, clean, corrupted, torch.tensor(effect))
+        for row, (clean, corrupted, effect) in zip(found, done, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,10 @@ class _Subject:
         return [first, middle, self.last, after, further, end if end > self.last else None]
 
 
-def _trace_one(base: Base, row: _Subject, samples: int, window: int, sigma: float, scale: float, seed: int) -> Traced:
+def _trace_one(
+    base: Base, row: _Subject, samples: int, window: int, sigma: float, scale: float, seed: int
+) -> tuple[float, float, list[Any]]:
+    """What :class:`Traced` says of a fact, as JSON holds it."""
     parts = base.parts
     depth = len(parts.blocks)
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +203,7 @@ def _trace_one(base: Base, row: _Subject, samples: int, window: int, sigma: floa
             raised = answer(out)[:, token].view(len(places), samples).mean(1) - low
             for (place, _), value in zip(places, raised.tolist(), strict=True):
                 effect[number, place, layer] = value
-    return Traced(row.fact, float(answer(clean["hidden"][-1])[0, token]), low, effect)
+    return float(answer(clean["hidden"][-1])[0, token]), low, effect.tolist()
 
 
 def _embedding_scale(base: Base) -> float:
@@ -211,12 +225,14 @@ def average_effects(traced: Sequence[Traced]) -> Tensor:
 def best_range(effect: Tensor, width: int = WIDTH) -> tuple[int, int]:
     """The ``width`` layers in the lower two thirds whose MLPs recall most at the subject's last token.
 
+    Of a model that is not three times as deep, a third of its layers, so that there is something to choose.
+
     Args:
         effect: AIE as :func:`average_effects` gives it.
     """
     row = effect[PARTS.index("mlp"), LAST_SUBJECT].nan_to_num()
     depth = len(row)
-    top = max(1, min(depth - width, 2 * depth // 3))
-    sums = [float(row[start : start + width].sum()) for start in range(top)]
+    width = min(width, max(1, depth // 3))
+    sums = [float(row[start : start + width].sum()) for start in range(2 * depth // 3 - width + 1)]
     first = max(range(len(sums)), key=lambda start: sums[start])
-    return first, min(first + width - 1, depth - 2)
+    return first, first + width - 1

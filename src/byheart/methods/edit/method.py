@@ -28,7 +28,7 @@ from byheart.methods.edit.others import about_others, names_in
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.settle import VERSION, SettleOptions, settle, text_pieces
 from byheart.methods.edit.targets import SHARED_VERSION, TargetOptions, find_targets
-from byheart.methods.edit.weights import ChangedWeights, changed_by, delta_bytes, stacked
+from byheart.methods.edit.weights import ChangedWeights, changed_by, stacked
 from byheart.methods.edit.write import Reader, WriteOptions, Writer, Written
 from byheart.methods.facts import choose_facts
 from byheart.ordinary import ordinary_text, text_rows_of, text_tensor
@@ -451,7 +451,7 @@ class Edit(ChangedWeights):
         notes = (*self._collisions(self.facts, self.keys.get(self.layers[0])), *notes)
         return LearnReport(
             seconds=seconds,
-            bytes=delta_bytes(self.deltas),
+            bytes=self.bytes,
             facts=len(self.facts),
             skipped=dict(Counter(self.skipped.values())),
             notes=notes,

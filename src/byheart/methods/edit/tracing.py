@@ -26,9 +26,11 @@ NOISE = 3.0
 
 
 def trace_base(
-    base: Base, path: Path | None, limit: int, samples: int, window: int, seed: int, show: Silent
+    base: Base, path: Path | None, limit: int, samples: int, window: int, seed: int, work: Path, show: Silent
 ) -> dict[str, Any]:
     """Trace a model and keep the range found for it; returns the record.
+
+    What was measured is kept in ``work``, where the same trace goes on after a kill.
 
     Raises:
         DataError: where the file of facts cannot be read, or the model is no causal one.
@@ -50,7 +52,10 @@ def trace_base(
         record |= {"how": f"a sweep: the model knows only {len(known)} of the facts", "tried": tried}
     else:
         with show.bar("trace: facts", min(limit, len(known))) as tick:
-            traced = trace(base, known[:limit], samples=samples, window=window, noise=NOISE, seed=seed, on_done=tick)
+            some, store = known[:limit], work / "effects.json"
+            traced = trace(
+                base, some, samples=samples, window=window, noise=NOISE, seed=seed, store=store, on_done=tick
+            )
         effects = average_effects(traced)
         first, last = best_range(effects)
         record |= {

@@ -52,6 +52,16 @@ class ChangedWeights(Closed):
             {n: [digest_of([one]) for one in delta if one is not None] for n, delta in self.deltas.items()}
         )
 
+    @property
+    def bytes(self) -> int:
+        """What is stored because of the facts: the change, and what it takes to undo and to add some."""
+        return sum(4 * tensor.numel() for tensor in self._kept().values())
+
+    def _kept(self) -> dict[str, Tensor]:
+        kept = {f"right.{layer}": right for layer, (_, right) in self.deltas.items()}
+        kept |= {f"left.{layer}": left for layer, (left, _) in self.deltas.items() if left is not None}
+        return kept | self._tensors()
+
     def _tensors(self) -> dict[str, Tensor]:
         """Everything to keep besides the deltas."""
         return {}
@@ -78,10 +88,7 @@ class ChangedWeights(Closed):
 
     def _save_into(self, folder: Path) -> None:
         super()._save_into(folder)
-        kept = {f"right.{layer}": right for layer, (_, right) in self.deltas.items()}
-        kept |= {f"left.{layer}": left for layer, (left, _) in self.deltas.items() if left is not None}
-        kept |= self._tensors()
-        save_file({name: tensor.float().contiguous() for name, tensor in kept.items()}, folder / _TENSORS)
+        save_file({name: tensor.float().contiguous() for name, tensor in self._kept().items()}, folder / _TENSORS)
         write_json(folder / f"{self.name}.json", {"layers": sorted(self.deltas)} | self._record())
 
     @classmethod
@@ -108,11 +115,6 @@ def product(delta: tuple[Tensor | None, Tensor]) -> Tensor:
     """Δ (d_model, d_ff) from its factors, in fp32 as it is kept."""
     left, right = delta
     return right.float() if left is None else left.float() @ right.float()
-
-
-def delta_bytes(deltas: Deltas) -> int:
-    """What the deltas take on disk."""
-    return sum(4 * factor.numel() for delta in deltas.values() for factor in delta if factor is not None)
 
 
 def stacked(one: Deltas, other: Deltas) -> Deltas:

@@ -17,10 +17,10 @@ from byheart.encoder import Encoder
 from byheart.kv import KV, Rotation
 from byheart.methods.prefix.cache import Block, Cache, Made
 from byheart.methods.prefix.known import Sums, known_of
-from byheart.storage import replacing
+from byheart.storage import SAVE_EVERY, replacing
 
-# Passages that are fitted to at once, and seconds of it that a kill can cost.
-_AT_ONCE, _SAVE_EVERY = 16, 60.0
+# Passages that are fitted to at once.
+_AT_ONCE = 16
 # Keeps the map from going by what two things that are known share.
 _RIDGE = 1e-3
 
@@ -102,7 +102,7 @@ def fit_heads(
         )
         done += len(some)
         progress(len(some))
-        if time.perf_counter() - saved > _SAVE_EVERY or done == len(passages):
+        if time.perf_counter() - saved > SAVE_EVERY or done == len(passages):
             with replacing(store) as path:
                 save_file({"known": sums.known, "wanted": sums.wanted}, path, {"passages": str(done)})
             saved = time.perf_counter()
