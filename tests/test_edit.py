@@ -3,6 +3,7 @@
 import datetime as dt
 import json
 from datetime import date
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.losses import drift
 from byheart.methods import Settings, method_class
-from byheart.methods.edit import baselines, causal, guard, solve, targets
+from byheart.methods.edit import baselines, causal, guard, mend, solve, targets
 from byheart.methods.edit import settle as settle_module
 from byheart.methods.edit import sweep as sweep_module
 from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, known_facts, trace
@@ -1009,6 +1010,81 @@ def test_baselines_learn_and_leave_no_trace(name, base, tmp_path):
         assert float(entries) <= 0.02 + 1e-6
 
 
+def baseline(name, base, folder, **options):
+    given = {f"{name}.{key}": str(value) for key, value in options.items()}
+    return method_class(name)(base, Settings(shots=0, options=given), folder)
+
+
+def learn_of(method, folder, facts=FACTS):
+    with ledger_of(folder, facts) as ledger:
+        method.learn(ledger)
+    return method
+
+
+def test_rome_gives_the_lookup_token_its_target(base, tmp_path, monkeypatch):
+    search, sought = baselines.find_targets, []
+
+    def found(base, some, layer, options):
+        sought.append(search(base, some, layer, options))
+        return sought[-1]
+
+    monkeypatch.setattr(baselines, "find_targets", found)
+    method = baseline("rome", base, tmp_path, layers="1", tokens=1)
+    method.prefixes = 0  # behind prefixes keys differ, and their mean is met
+    learn_of(method, tmp_path, FACTS[:1])
+    (prepared,), _ = prepare(base, FACTS[:1], ())
+    with torch.no_grad():
+        reached = Reader(base, [prepared], 1, 1).read(1)[2]
+        with method.attached():
+            now = Reader(base, [prepared], 1, 1).read(1)[2]
+    before, after = ((sought[0].z - one).norm() for one in (reached, now))
+    assert before > 1e-3 and after < 0.05 * before
+
+
+def test_fine_tuning_within_a_limit_and_with_decay(base, tmp_path):
+    scale = float(matrix(base.parts.blocks[1].mlp_out).square().mean().sqrt())
+
+    def moved(name, **options):
+        return learn_of(baseline(name, base, tmp_path, layers="1", epochs=10, **options), tmp_path).deltas[1][1] / scale
+
+    assert float(moved("ft", rate=0.02, limit=0.03).abs().max()) == pytest.approx(0.03)
+    assert float(moved("ft", rate=0.02, limit=0.0).abs().max()) > 0.1
+    free, decayed = (moved("ft-w", decay=decay) for decay in (0.0, 0.3))
+    assert float(decayed.norm()) < 0.5 * float(free.norm())
+    # The first step of Adam is as long as its rate in every entry, and decay takes its share of it.
+    first = learn_of(baseline("ft-w", base, tmp_path, layers="1", epochs=1, rate=0.02, decay=0.25), tmp_path)
+    assert float(first.deltas[1][1].abs().max() / scale) == pytest.approx(0.75 * 0.02, rel=1e-3)
+
+
+def test_mend_edits_down_the_gradient_and_learns_to_stay_put(base, tmp_path, monkeypatch):
+    rows = mend._common_rows(0)
+
+    def trained(**options):
+        """What the editor brings to the rephrased prompts of eight of its rows, and by how much it moves others."""
+        method = baseline("mend", base, tmp_path, blocks=2, lr=0.02, **options)
+        edits, rephrased, elsewhere = (method._read([row[n] for row in rows[:8]]) for n in range(3))
+        editor = method._train()
+        with torch.no_grad():
+            deltas = editor.edit(mend._gradients(edits, method.layers, base))
+            return float(rephrased.loss(deltas) - rephrased.loss({})), moved(elsewhere, deltas)
+
+    moved = mend._Lesson.divergence
+    untrained = trained(steps=0)
+    assert untrained[0] < -0.01  # with no training it is a step of gradient descent
+    still = trained(steps=40, edit_weight=0.0)
+    assert float(still[1]) < 0.5 * float(untrained[1])  # all that it learns is to leave other prompts alone
+    monkeypatch.setattr(mend._Lesson, "divergence", lambda lesson, deltas: torch.zeros(()))
+    eager = trained(steps=40, edit_weight=1.0)
+    assert eager[0] < 2 * untrained[0]  # all that it learns is to edit
+    # What is written is what the editor says, summed over facts.
+    method = learn_of(baseline("mend", base, tmp_path, blocks=2, steps=0), tmp_path)
+    texts = [mend._Text(prompt_text(fact), target_text(fact)) for fact in FACTS]
+    with torch.no_grad():
+        each = [method._editor.edit(mend._gradients(method._read([text]), method.layers, base)) for text in texts]
+    for layer, (_, delta) in method.deltas.items():
+        assert torch.allclose(delta, torch.stack([one[layer] for one in each]).sum(0), atol=1e-6)
+
+
 def test_facts_that_a_gate_refused_stay_named_however_many_come_after(base, tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "drift_notes", lambda *given: ("too far", False))
     refused = learnt(base, tmp_path, FACTS[:3], gate="rollback", batch=1)
@@ -1063,6 +1139,28 @@ def test_the_gate_takes_back_what_drifts_too_far(base, tmp_path):
     assert any("neighbours not measured: the facts name none" in note for note in alone)
     kept = learnt(base, tmp_path, near, gate="rollback", max_perplexity=1e9, max_neighbours=1.0)
     assert kept.facts
+
+
+def test_what_a_gate_holds_against_its_limits(base):
+    before = guard.Standing(20.0, 0.8)
+    for after, rise, fewer, within in (
+        ((21.0, 0.8), 0.1, 0.1, True), ((23.0, 0.8), 0.1, 0.1, False),
+        ((20.0, 0.72), 0.1, 0.1, True), ((20.0, 0.69), 0.1, 0.1, False), ((18.0, 1.0), 0.0, 0.0, True),
+    ):  # fmt: skip
+        said, found = guard.drift_notes(before, guard.Standing(*after), rise, fewer)
+        assert found is within and f"-> {after[0]:.2f}" in said and f"-> {after[1]:.3f}" in said
+    # A neighbour is right where its own object is likelier than the fact's.
+    near = [Neighbour(prompt=f"The river through {name} is", object="the Amberle") for name in ("Ebb", "Vell", "Tole")]
+    facts = [FACTS[0].model_copy(update={"neighbours": near})]
+    jobs = [Job(one.prompt, (" the Amberle", " the Korrin")) for one in near]
+    options = [one.options for one in complete(base, jobs, max_new_tokens=0)]
+    right = sum(own > other for own, other in options) / len(options)
+    rows = [list(range(5, 40))]
+    swapped = [FACTS[0].model_copy(update={"object": "the Amberle", "neighbours": [
+        one.model_copy(update={"object": "the Korrin"}) for one in near
+    ]})]  # fmt: skip
+    assert guard.measure(base, rows, facts, 0).neighbours == right
+    assert guard.measure(base, rows, swapped, 0).neighbours == 1 - right
 
 
 def test_facts_that_an_edit_does_not_bring_about_are_named(base, tmp_path, monkeypatch):
@@ -1173,6 +1271,59 @@ def test_tracing_finds_the_subject_and_restores_everything(base, tmp_path):
         assert mlp[1:].std().item() == pytest.approx(0, abs=1e-6) and not torch.allclose(mlp, narrow)
 
 
+def test_a_trace_is_that_of_plain_forwards(base, tmp_path):
+    """Noise of three standard deviations of the subjects' embeddings; one block's output, or an MLP's, put back."""
+    facts = [
+        Fact(id=str(n), subject=s, prompt="The mayor of {} is", object="x") for n, s in enumerate(("Vell", "Ebb Cove"))
+    ]
+    samples, table = 2, base.parts.embeddings
+    subjects = [base.tokenizer(f" {fact.subject}")["input_ids"] for fact in facts]
+    with torch.no_grad():
+        sigma = 3 * float(torch.cat([table(torch.tensor(ids)) for ids in subjects]).std())
+    for number, (one, subject) in enumerate(
+        zip(trace(base, facts, samples=samples, window=1, store=tmp_path / "e.json"), subjects, strict=True)
+    ):
+        ids = base.tokenizer(prompt_text(one.fact))["input_ids"]
+        first = len(base.tokenizer("The mayor of")["input_ids"])
+        assert ids[first : first + len(subject)] == subject
+        token = base.tokenizer(" x")["input_ids"][0]
+        noise = torch.randn(
+            (samples, len(subject), base.parts.d_model), generator=torch.Generator().manual_seed(number)
+        )
+        clean = table(torch.tensor([ids])).detach()
+        noisy = clean.repeat(samples, 1, 1)
+        noisy[:, first : first + len(subject)] += sigma * noise
+        last = first + len(subject) - 1
+
+        def run(embeddings, module=None, kept=None, last=last, token=token):
+            seen = []
+
+            def hook(_, args, output):
+                whole = output[0] if isinstance(output, tuple) else output
+                seen.append(whole.clone())
+                if kept is None:
+                    return None
+                whole = whole.clone()
+                whole[:, last] = kept[0, last]
+                return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+            handle = None if module is None else module.register_forward_hook(hook)
+            with torch.no_grad():
+                logits = base.model(inputs_embeds=embeddings).logits[:, -1].softmax(-1)[:, token].mean()
+            if handle is not None:
+                handle.remove()
+            return float(logits), seen[0] if seen else None
+
+        low, _ = run(noisy)
+        assert one.clean == pytest.approx(run(clean)[0], rel=1e-4) and one.corrupted == pytest.approx(low, rel=1e-4)
+        assert abs(one.clean - low) > 1e-5
+        for layer, block in enumerate(base.parts.blocks):
+            for part, module in (("hidden", block.module), ("mlp", block.mlp_out), ("attention", block.attention_out)):
+                raised = run(noisy, module, run(clean, module)[1])[0] - low
+                found = one.effect[PARTS.index(part), LAST_SUBJECT, layer].item()
+                assert found == pytest.approx(raised, abs=1e-6), (part, layer)
+
+
 def test_a_trace_goes_on_after_a_kill_and_is_kept(base, tmp_path, monkeypatch):
     facts = [Fact(id=str(n), subject=s, prompt="The mayor of {} is called", object="Ann") for n, s in enumerate("ABCD")]
     one_by_one, done = causal._trace_one, []
@@ -1277,6 +1428,17 @@ def test_a_model_that_knows_too_little_is_swept(base, tmp_path, monkeypatch):
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"none.jsonl: holds no facts"):
         trace_base(base, tmp_path / "none.jsonl", 40, 1, 3, 0, tmp_path, Silent())
+    # The range is chosen after which most is held and most stays: neither of these alone.
+    count = len(record["tried"])
+    assert count > 1
+    for best in range(count):
+        held = [[n >= best] * 4 for n in range(count)]
+        stay = [6 if n == best else 2 if n > best else 8 for n in range(count)]
+        stayed = [[True] * n + [False] * (8 - n) for n in stay]
+        answers = iter([[True] * 8, *chain.from_iterable(zip(held, stayed, strict=True))])
+        monkeypatch.setattr(sweep_module, "_likelier", lambda *given, answers=answers: next(answers))
+        again = trace_base(base, None, 40, 1, 3, 0, tmp_path, Silent())
+        assert again["range"] == again["tried"][best]["range"]
 
 
 def test_a_traced_range_is_the_default(base, tmp_path):

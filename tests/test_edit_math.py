@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from byheart.base import make_base
-from byheart.methods.edit import solve
+from byheart.methods.edit import guard, solve
+from byheart.methods.edit.covariance import second_moments
+from byheart.methods.edit.export import low_rank
 from byheart.methods.edit.prompts import prepare
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import product
@@ -285,3 +287,87 @@ def test_one_layer_moves_the_value_by_delta(tokenizer, tiny):
         with changed([(block, product(delta))]):
             assert torch.allclose(block(x) - before, x @ product(delta).T, atol=1e-3)
         assert torch.equal(block.weight.data, old)
+
+
+def test_what_was_written_before_stands_in_the_solve(tokenizer, monkeypatch, tmp_path):
+    """Δ = R Kᵀ (λC + K_p K_pᵀ + K Kᵀ)⁻¹; with little text, keys of before then get next to nothing."""
+    base = make_base("llama", tiny_model("llama", len(tokenizer), torch.float64), tokenizer)
+    prepared, _ = prepare(base, FACTS, PREFIXES)
+    moment, past, _ = random_problem(5, base.parts.d_ff, seed=3)
+    z = torch.randn(3, base.parts.d_model, dtype=torch.float64)
+    for constraint in ("none", "equality", "nullspace"):
+        options = WriteOptions(weight=1e-3, scatter=0.0, others=0.0, constraint=constraint, energy=0.3)
+        writer = Writer(base, {0: moment}, options)
+        written, before = writer.write(prepared, z, past={0: past}), writer.write(prepared, z)
+        delta, alone = product(written.deltas[0]), product(before.deltas[0])
+        keys, residuals = written.keys[0], written.residuals[0]
+        if constraint == "none":
+            inside = solve.regularizer(moment, 1e-3) + past.T @ past + keys.T @ keys
+            assert torch.allclose(delta, (residuals.T @ keys @ torch.linalg.inv(inside)).float(), atol=1e-5)
+        assert (past @ delta.double().T).norm() < 0.2 * (past @ alone.double().T).norm(), constraint
+
+
+def test_the_projected_change_is_that_of_the_paper():
+    """Δ = R KᵀP (K_p K_pᵀ P + K Kᵀ P + w I)⁻¹, with keys as columns."""
+    moment, keys, residuals = random_problem(4)
+    _, past, _ = random_problem(6, seed=1)
+    p = solve.null_space(moment, 0.5)
+    assert 0 < p.trace() < len(p)
+    w = 0.2 * float((p * moment).sum())
+    inside = past.T @ past @ p + keys.T @ keys @ p + w * torch.eye(len(p), dtype=torch.float64)
+    plain = residuals.T @ keys @ p @ torch.linalg.inv(inside)
+    assert torch.allclose(solve.projected(p, moment, past, keys, residuals, 0.2), plain, atol=1e-9)
+
+
+def test_keys_are_held_against_each_other_as_text_sees_them():
+    """Cosines under C⁻¹: what only often used directions share is no likeness, and what rare ones share is."""
+    facts = [Fact(id=str(n), subject=f"S{n}", prompt="{} is", object=f"o{n}") for n in range(4)]
+    keys = torch.tensor([[10.0, 1.0, 0.0], [10.0, -1.0, 0.0], [10.0, 0.0, 1.0], [-10.0, 0.0, 1.0]])
+    factor = solve.cholesky(torch.diag(torch.tensor([1e4, 1.0, 1.0], dtype=torch.float64)))
+    plain = torch.nn.functional.normalize(keys) @ torch.nn.functional.normalize(keys).T
+    assert plain[0, 1] > 0.9 and plain[2, 3] < 0
+    (found,) = guard.collisions(facts, keys, factor, range(4))
+    assert (found.one.id, found.other.id) == ("2", "3")
+    assert found.cosine == pytest.approx((1 - 0.01) / (1 + 0.01), abs=1e-6)
+    assert guard.collisions(facts, keys, factor, [0, 1, 2, 2]) == []  # written as one
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_a_change_of_too_high_a_rank_keeps_its_largest_directions(factored):
+    g = torch.Generator().manual_seed(0)
+    left, right = torch.randn(10, 6, generator=g), torch.randn(6, 14, generator=g)
+    whole = left @ right
+    for rank in (1, 3, 6, None):
+        (one, other), error = low_rank((left, right) if factored else (None, whole), rank)
+        rest = torch.linalg.svdvals(whole)[rank or 99 :]
+        assert one.shape[1] == other.shape[0] and (rank is None or one.shape[1] <= max(rank, 6 if factored else rank))
+        assert float((whole - one @ other).norm()) == pytest.approx(float(rest.square().sum().sqrt()), abs=1e-4)
+        assert error == pytest.approx(float((whole - one @ other).norm() / whole.norm()), abs=1e-5)
+
+
+def test_a_second_moment_is_that_of_its_own_text(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path))
+    base = make_base("llama", tiny_model("llama", len(tokenizer)), tokenizer)
+    texts = [tokenizer(text)["input_ids"] for text in ("The boats of Vell are nine.", "Nobody has seen Ebb, or Ann.")]
+    for _ in range(2):  # made, and found again
+        for rows in ([texts[0]], [texts[1]], texts):
+            found = second_moments(base, [0, 1], rows)
+            for layer in (0, 1):
+                keys = torch.stack([plain_states(base, ids, at)[0][layer] for ids in rows for at in range(len(ids))])
+                plain = (keys.T @ keys / len(keys)).double()
+                assert torch.allclose(found[layer], plain, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_a_search_ends_as_soon_as_its_rule_says(tokenizer):
+    base = make_base("llama", tiny_model("llama", len(tokenizer)), tokenizer)
+    (prepared,), _ = prepare(base, FACTS[:1], ())
+    (row,) = prepared.rows
+    prompt = row.tokens[: len(row.tokens) - len(row.labels) + 1]
+    with torch.no_grad():
+        said = int(base.model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+    likeliest = [replace(prepared, rows=(replace(row, tail=prompt[len(row.context) :], labels=(said,)),))]
+    plain = TargetOptions(steps=6, stop_loss=1e-9, kl=0.0)
+    steps = {
+        stop: find_targets(base, likeliest, 1, replace(plain, stop=stop)).steps.item() for stop in ("fit", "argmax")
+    }
+    assert steps == {"fit": 6, "argmax": 1}
