@@ -115,6 +115,17 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_mend(tiny):
         complete(tiny("gpt2"), [Job("word " * 2000)])
 
 
+def test_a_blank_prompt_is_refused_and_the_shortest_spoils_no_other(tiny):
+    base = tiny("gpt2")
+    with pytest.raises(DataError, match="a prompt is blank"):
+        complete(base, [Job(PROMPTS[0], (" Ann",)), Job("", (" Ann",))], max_new_tokens=0)
+    for jobs in ([Job(PROMPTS[0], (" Ann", " boats")), Job("O", (" Ann",))], [Job("O"), Job("O")]):
+        assert len(base.tokenizer("O")["input_ids"]) == 1
+        for job, together in zip(jobs, complete(base, jobs, max_new_tokens=2), strict=True):
+            (alone,) = complete(base, [job], max_new_tokens=2)
+            assert together.options == pytest.approx(alone.options, abs=1e-4) and together.text == alone.text
+
+
 def test_first_line():
     assert first_line("\n\n  Paris. \nQuestion: next") == "Paris."
     assert first_line(" \n ") == ""
