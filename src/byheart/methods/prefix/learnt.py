@@ -81,7 +81,7 @@ class PrefixOptions:
         store: ``none`` encodes what was retrieved when a question comes; ``disk`` encodes all passages beforehand.
         precision: of what is on disk: ``model`` (as the model computes) or ``int8`` (about half of bf16).
         blend: with several passages, the share of their tokens that is read again with all passages in sight.
-        encoder: ``cache``: all of a passage's keys and values; ``selected``: those of a few tokens that answers are
+        encoder: ``cache``: all of a passage's keys and values; ``selected``: those of a few words that answers are
             likely to stand in; ``compressed``: a few that are fitted to all; ``tokens``: as many as it has tokens, made
             by heads on the text encoder that are fitted to the model's own; ``text``: a few that learnt heads on the
             text encoder emit.
