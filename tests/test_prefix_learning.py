@@ -606,6 +606,9 @@ def test_what_training_puts_on_disk_is_said_before(tiny, ledger, tmp_path):
         ({"passages": "none", "begin": "pages", "study": 1, "distil": 1}, 10),
     ):
         assert f"up to {count} passages" in prefix(tiny("llama"), tmp_path, slots=2, **options).estimate(ledger)
+    # Questions that name no document are not learnt from where others do.
+    ledger.insert(Question(id=f"open-{n}", question=f"Who? {n}", answers=["x"], split="train") for n in range(5))
+    assert "up to 4 passages" in prefix(tiny("llama"), tmp_path, slots=2).estimate(ledger)
 
 
 def test_hard_questions_count_more(tiny, ledger, tmp_path):

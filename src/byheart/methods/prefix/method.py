@@ -77,7 +77,8 @@ class Prefix(Learnt):
             return None
         self.form = self._draw(ledger)
         count, each, _ = self.whole.size(passages, None if whole else columns)
-        asked = sum(1 for _ in ledger.questions(["train"]))
+        named = [bool(question.documents) for question in ledger.questions(["train"])]
+        asked = sum(named) or len(named)  # as they are learnt from: those that name no document where none does
         if not options.study:  # which asks about every passage
             count = min(count, asked * self.settings.k)
         count += asked if options.demonstrations else 0
