@@ -115,6 +115,17 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_mend(tiny):
         complete(tiny("gpt2"), [Job("word " * 2000)])
 
 
+def test_prompts_that_each_just_fit_their_options_share_a_batch(tokenizer):
+    base = make_base("gpt2", tiny_model("gpt2", len(tokenizer), n_positions=64), tokenizer)
+    long, short = ("the " * 61 + "A", (" a",)), ("the A", (" the" * 60, " a"))
+    jobs = [Job(prompt, options) for prompt, options in (long, short)]
+    lengths = [len(tokenizer(job.prompt)["input_ids"]) for job in jobs]
+    assert lengths[0] + len(tokenizer(" a")["input_ids"]) == 64 > lengths[1] + len(tokenizer(" the" * 60)["input_ids"])
+    for job, together in zip(jobs, complete(base, jobs, max_new_tokens=0), strict=True):
+        (alone,) = complete(base, [job], max_new_tokens=0)
+        assert together.options == pytest.approx(alone.options, abs=1e-4)
+
+
 def test_a_blank_prompt_is_refused_and_the_shortest_spoils_no_other(tiny):
     base = tiny("gpt2")
     with pytest.raises(DataError, match="a prompt is blank"):

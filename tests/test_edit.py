@@ -1387,7 +1387,7 @@ def test_the_range_is_where_mlps_recall_most_at_the_subject():
     effect[PARTS.index("mlp"), LAST_SUBJECT, 7:13] = 1
     effect[PARTS.index("mlp"), LAST_SUBJECT, 25:] = 2  # not in the lower two thirds
     assert best_range(effect) == (7, 12)
-    effect[PARTS.index("mlp"), LAST_SUBJECT, 14:25] = 3
+    effect[PARTS.index("mlp"), LAST_SUBJECT, 16:25] = 3
     assert best_range(effect) == (14, 19)  # its end is in them, too
     # Of few layers a third is looked for.
     assert best_range(torch.full((len(PARTS), 6, 3), float("nan"))) == (0, 0)

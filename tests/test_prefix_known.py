@@ -203,7 +203,7 @@ def test_words_are_taken_whole_the_likeliest_first_and_each_once():
     tokens = ["\n", " Ann", "a", " sailed", " in", " 1", "9", " with", " ann", "A", "."]
     words = [[1, 2], [3], [4], [5, 6], [7], [8, 9], [10]]
     #        \n   Ann  a   sailed in   1    9   with ann  A    .
-    told = [0.95, 0.2, 0.4, 0.5, 0.0, 0.9, 0.5, 0.1, 0.7, 0.9, 0.3]  # anna .3 and .8, 19 .7, sailed .5
+    told = [0.95, 0.2, 0.4, 0.5, 0.0, 1.0, 0.4, 0.1, 0.7, 0.9, 0.3]  # anna .3 and .8, 19 .7, sailed .5
 
     def taken(count):
         return select.likeliest(tokens, words, told, count)
