@@ -899,7 +899,8 @@ def test_facts_begin_and_cease_to_hold_with_time(base, tmp_path, monkeypatch):
     soon = FACTS[0].model_copy(update={"id": "soon", "subject": "Pell Cove", "valid_from": dt.date(2999, 1, 1)})
     gone = FACTS[0].model_copy(update={"valid_to": dt.date(2999, 1, 1)})
     other = FACTS[0].model_copy(update={"id": "other", "subject": "Vellmora"})
-    method, ledger = memory(base, tmp_path, learn="temp"), ledger_of(tmp_path, [*ASKED, gone, soon])
+    dated = [gone, soon, soon.model_copy(update={"id": "soon-2", "subject": "Ebb"})]
+    method, ledger = memory(base, tmp_path, learn="temp"), ledger_of(tmp_path, [*ASKED, *dated])
     method.learn(ledger)
 
     def learnt():
@@ -912,12 +913,25 @@ def test_facts_begin_and_cease_to_hold_with_time(base, tmp_path, monkeypatch):
         def today(cls):
             return dt.date(3000, 1, 1)
 
+    method.save_pretrained(tmp_path / "kept")
     monkeypatch.setattr(module.dt, "date", Later)
+    # By themselves, all at once and once only.
+    by_date = Memory.from_pretrained(tmp_path / "kept", base)
+    stand = by_date.stand
+    by_date.renew()
+    assert {piece.owner for piece in by_date.pieces if piece.kind != "page"} & {
+        f"fact/{id}" for id in ("river", "soon", "soon-2")
+    } == {"fact/soon", "fact/soon-2"}
+    assert by_date.skipped == {"fact/river": "held until 2999-01-01"} and by_date.stand == stand
+    state = {name: one.clone() for name, one in by_date.adapters.state_dict().items()}
+    by_date.renew()
+    assert all(torch.equal(one, state[name]) for name, one in by_date.adapters.state_dict().items())
+    # With any change of a fact.
     stand = ledger.revision
     ledger.insert([other])
     (change,) = ledger.history(since=stand)
     method.revise(change)
-    assert learnt() == {"fact/soon", "fact/other"}
+    assert learnt() == {"fact/soon", "fact/soon-2", "fact/other"}
 
 
 def test_long_questions_do_not_keep_rows_open_for_ever(base, monkeypatch):

@@ -318,6 +318,15 @@ def test_the_few_are_kept_learnt_behind_and_follow_the_ledger(tiny, ledger, tmp_
     method.save_pretrained(tmp_path / "saved")
     assert "likely.weight" in load_file(tmp_path / "saved" / "learnt.safetensors")
     again = Prefix.from_pretrained(tmp_path / "saved", base)
+    # Kept answers are known by what is learnt, and by how columns are chosen.
+    assert again.digest == method.digest != ""
+    with monkeypatch.context() as patched:
+        patched.setattr(again.cache, "mark", "chosen otherwise")
+        assert again.digest != method.digest
+        patched.undo()
+        patched.setattr(again.slots.values[0], "data", 0 * again.slots.values[0].data)
+        assert again.digest != method.digest
+    assert again.digest == method.digest and prefix(base, tmp_path / "other").digest == ""
     with monkeypatch.context() as patched:
         patched.setattr(select.Selected, "fresh", lambda self, passages: pytest.fail("made anew"))
         assert told(again) == pytest.approx(answers, abs=1e-4)

@@ -82,8 +82,10 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
         for label, part in method.get("sets", {}).items():
             keys = [(key, head) for key, head in MAIN if key in _with_drift(part)["metrics"]]
             beside = [("closed", part["unedited"])] if "unedited" in part else []
+            # Runs from before did not count.
+            facts = f"{part['facts']} of {part['cases']} facts written" if beside else f"{part['cases']} facts"
             yield (
-                f"{name}: {label}, {part['batches']} batches, {part['facts']} of {part['cases']} facts written",
+                f"{name}: {label}, {part['batches']} batches, {facts}",
                 ["", *(head for _, head in keys)],
                 [[what, *(_cell(one, key) for key, _ in keys)] for what, one in (*beside, (name, _with_drift(part)))],
             )

@@ -37,7 +37,7 @@ from byheart.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from byheart.base import Base
-    from byheart.ledger import Change, Ledger
+    from byheart.ledger import Ledger
     from byheart.methods import Method
 
 
@@ -190,59 +190,55 @@ def _follow(
     dtype: DtypeName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring what was learnt up to its ledger's last change, and to this day: what is new is learnt, what is gone goes.
-
-    A kill costs a minute; what comes or goes by its date is done first, and anew after a kill.
-    """
+    """Bring what was learnt up to its ledger's last change, and to this day: what is new comes, what is gone goes."""
     from byheart.ledger import Ledger
     from byheart.progress import Terminal
     from byheart.storage import SAVE_EVERY, read_card
 
-    card = read_card(folder / "byheart.json", "ledger")
-    stand = card["ledger"]
+    card, today = read_card(folder / "byheart.json", "ledger"), dt.date.today().isoformat()
     with Ledger(ledger) as opened:
-        if not opened.passed(stand):
+        if not opened.passed(card["ledger"]):
             raise DataError(f"{ledger}: is not the ledger that {folder} was learnt from; name that one, or learn anew")
-        changes = list(opened.history(since=stand[0]))
-        due = _due(opened, card.get("day", ""), {change.id for change in changes})
+        changes = list(opened.history(since=card["ledger"][0]))
+        due = _due(opened, card.get("day", ""), today)
         notes: list[str] = []
         seconds = 0.0
         if changes or due:
             model = _base_of([folder], base, device, dtype)
             method = _learnt_in(folder, model)
             saved = time.monotonic()
-            with Terminal().bar("follow: changes", len(changes) + len(due)) as tick:
-                for change in (*due, *changes):
+            with Terminal().bar("follow: changes", len(changes)) as tick:
+                for change in changes:
                     had = getattr(method, "skipped", {})
                     report = method.revise(change)
                     seconds += report.seconds
                     notes += _newly_skipped(method, had)
                     notes += [f"{change.kind} {change.id}: {note}" for note in report.notes]
                     tick(1)
-                    if change in due:
-                        method.stand = stand  # it is no event of the ledger
-                    elif time.monotonic() - saved > SAVE_EVERY:
+                    if time.monotonic() - saved > SAVE_EVERY:
                         method.save_pretrained(folder)
                         method = _learnt_in(folder, model)  # what it had open has moved
                         saved = time.monotonic()
+            if due and not any(change.kind == "fact" for change in changes):
+                had = getattr(method, "skipped", {})
+                report = method.renew()
+                seconds += report.seconds
+                notes += [*_newly_skipped(method, had), *report.notes]
+            method.day = today
             method.save_pretrained(folder)
     for note in notes:
         print(note, file=sys.stderr)
     record = {"changes": len(changes), "due": len(due), "seconds": seconds, "notes": notes, "out": str(folder)}
-    dated = f" and {len(due)} dates" if due else ""
+    dated = f" and the dates of {len(due)} facts" if due else ""
     emit(record, as_json, f"followed {len(changes)} changes{dated} in {seconds:.1f} s: {folder}")
 
 
-def _due(ledger: Ledger, day: str, changed: set[str]) -> list[Change]:
-    """The facts that have begun or ceased to hold since a day (ISO), each as if it were revised; unchanged ones."""
-    from byheart.ledger import Change
-
-    today = dt.date.today().isoformat()
+def _due(ledger: Ledger, day: str, today: str) -> list[str]:
+    """The ids of facts that have begun or ceased to hold since a day (ISO; blank: ever)."""
     return [
-        Change(0, today, "revise", "fact", fact.id, None, fact, fact)
+        fact.id
         for fact in ledger.facts()
-        if fact.id not in changed
-        and any(date and day < date.isoformat() <= today for date in (fact.valid_from, fact.valid_to))
+        if any(date and day < date.isoformat() <= today for date in (fact.valid_from, fact.valid_to))
     ]
 
 

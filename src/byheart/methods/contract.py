@@ -154,6 +154,8 @@ class Method(Protocol):
     learns: Kind
     # Where in its ledger's history what is learnt stands, as Ledger.stand gives it.
     stand: list[Any]
+    # The day (ISO) whose facts are learnt, where some hold from or to a date.
+    day: str
 
     def __init__(self, base: Base, settings: Settings, work: Path) -> None: ...
 
@@ -171,6 +173,10 @@ class Method(Protocol):
 
     def revise(self, change: Change) -> LearnReport:
         """Follow one change of the ledger that was learnt, without learning all of it again."""
+        ...
+
+    def renew(self) -> LearnReport:
+        """Let facts come and go by their dates, as of today; :meth:`revise` does so with any change of a fact."""
         ...
 
     def attached(self) -> AbstractContextManager[None]:

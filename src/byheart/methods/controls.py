@@ -29,6 +29,8 @@ from byheart.score import contains, normalize
 from byheart.segment import Passage
 from byheart.storage import check_replaceable, new_folder, read_card, write_json
 
+# The file that says what a folder holds.
+CARD = "byheart.json"
 # How far down retrieval is looked at for recall, whatever the prompt holds.
 RECALL_DEPTH = 10
 _DRAWS = 100
@@ -49,6 +51,7 @@ class _Control:
         self.base, self.settings, self.work = base, settings, work
         self.form = PromptFormat(base.tokenizer, chat=settings.chat)
         self.stand: list[Any] = [0, ""]  # in its ledger's history, as Ledger.stand gives it
+        self.day = ""
         if self.cuts or settings.shots:
             _ = self.encoder  # what is wrong with it is said before any work
 
@@ -69,7 +72,8 @@ class _Control:
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Draw the examples; nothing is written into the model."""
-        stand = ledger.stand
+        # Before any fact is chosen: should midnight pass, the new day is yet to be looked at.
+        stand, self.day = ledger.stand, dt.date.today().isoformat()
         self.form, self.stand = self._draw(ledger), stand
         return LearnReport()
 
@@ -85,6 +89,10 @@ class _Control:
         if len(kept) < len(self.form.examples):
             self.form = PromptFormat(self.base.tokenizer, kept, chat=self.settings.chat)
         self.stand = change.stand
+        return LearnReport()
+
+    def renew(self) -> LearnReport:
+        """Nothing here goes by dates."""
         return LearnReport()
 
     @property
@@ -120,7 +128,7 @@ class _Control:
 
     def save_pretrained(self, path: Path) -> None:
         """Write settings, examples and the hash of the base to a folder."""
-        check_replaceable(path, "byheart.json")
+        check_replaceable(path, CARD)
         with new_folder(path) as made:
             self._save_into(made)
 
@@ -130,7 +138,7 @@ class _Control:
             for e in self.form.examples
         ]
         write_json(
-            folder / "byheart.json",
+            folder / CARD,
             {
                 "byheart": __version__,
                 "method": self.name,
@@ -139,14 +147,14 @@ class _Control:
                 "settings": self.settings.to_dict(),
                 "examples": examples,
                 "ledger": self.stand,
-                "day": dt.date.today().isoformat(),  # facts with dates hold as of then
+                "day": self.day,
             },
         )
 
     @classmethod
     def from_pretrained(cls, path: Path, base: Base) -> Self:
         """What ``save_pretrained`` wrote, on the base that it was made for."""
-        card = read_card(path / "byheart.json", "method", "base", "encoder", "settings", "examples", "ledger")
+        card = read_card(path / CARD, "method", "base", "encoder", "settings", "examples", "ledger")
         if card["method"] != cls.name:
             raise DataError(f"{path}: holds {card['method']}, not {cls.name}")
         try:
@@ -157,14 +165,14 @@ class _Control:
                 for e in card["examples"]
             ]
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path / 'byheart.json'}: not what byheart writes there ({error!r})") from None
+            raise DataError(f"{path / CARD}: not what byheart writes there ({error!r})") from None
         if made_for[1] != base.hash:
             raise DataError(f"{path}: was made for another base ({made_for[0]}) than {base.name}")
         method = cls(base, settings, path)
         if encoder is not None and encoder != method.encoder.card.hash:
             raise DataError(f"{path}: was made with another encoder than the {method.encoder.card.name} that is here")
         method.form = PromptFormat(base.tokenizer, examples, chat=method.settings.chat)
-        method.stand = card["ledger"]
+        method.stand, method.day = card["ledger"], card.get("day", "")
         return method
 
 

@@ -44,6 +44,8 @@ class Baseline(ChangedWeights):
     """Facts in, deltas out; a change of the ledger is learnt by starting over, since nothing can be taken out."""
 
     prefixes: ClassVar[int] = 0
+    # Seconds that earlier runs took for what this one goes on with.
+    _earlier = 0.0
 
     def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
         """Write all facts of the ledger that hold."""
@@ -58,16 +60,20 @@ class Baseline(ChangedWeights):
         super().revise(change)
         return report
 
+    def renew(self) -> LearnReport:
+        """Learn the facts that hold this day again, where they are others."""
+        return self._learn(self.holding, _NOTHING)
+
     def _learn(self, facts: Sequence[Fact], progress: Progress) -> LearnReport:
         began = time.perf_counter()
         chosen, skipped = choose_facts(facts, dt.date.today())
         texts = make_prefixes(self.base, self.prefixes, self.settings.seed) if self.prefixes else ()
         prepared, more = prepare(self.base, chosen, texts)
         self.holding, self.skipped = list(facts), skipped | more
-        self.facts = [one.fact for one in prepared]
+        self.facts, self._earlier = [one.fact for one in prepared], 0.0
         self.deltas = self._solve(prepared, progress) if prepared else {}
         return LearnReport(
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - began + self._earlier,
             bytes=self.bytes,
             facts=len(self.facts),
             skipped=dict(Counter(self.skipped.values())),
@@ -217,29 +223,30 @@ class Rome(Baseline):
         made_with = [__version__, self.base.hash, str(self.base.dtype), self.layer, digest_of([text_tensor(self.rows)])]
         mark = fingerprint(*made_with, self.settings.seed, [one.fact.model_dump_json() for one in prepared])
         store = self.work / "rome" / f"{mark}.safetensors"
-        done, deltas = _begun(store, self.layer)
+        done, deltas, self._earlier = _begun(store, self.layer)
         progress(done)
-        saved = time.perf_counter()
+        began = saved = time.perf_counter()
         for number, one in enumerate(prepared[done:], done + 1):
             with changed_by(self.base, deltas):
                 z = find_targets(self.base, [one], self.layer, TargetOptions()).z
                 deltas = stacked(deltas, writer.write([one], z).deltas)
             progress(1)
-            if time.perf_counter() - saved > SAVE_EVERY:
+            now = time.perf_counter()
+            if now - saved > SAVE_EVERY or number == len(prepared):
                 with replacing(store) as path:
                     factors = zip(("left", "right"), deltas[self.layer], strict=True)
                     there = {name: factor.contiguous() for name, factor in factors if factor is not None}
-                    save_file(there, path, {"done": str(number)})
-                saved = time.perf_counter()
-        store.unlink(missing_ok=True)
+                    save_file(there, path, {"done": str(number), "seconds": str(self._earlier + now - began)})
+                saved = now
         return deltas
 
 
-def _begun(store: Path, layer: int) -> tuple[int, Deltas]:
-    """How many facts an earlier run had written when it was killed, and its change."""
+def _begun(store: Path, layer: int) -> tuple[int, Deltas, float]:
+    """How many facts an earlier run has written, its change, and the seconds that took."""
     try:
         with safe_open(store, "pt") as file:
             there = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            return int(file.metadata()["done"]), {layer: (there.get("left"), there["right"])}
+            about = file.metadata()
+            return int(about["done"]), {layer: (there.get("left"), there["right"])}, float(about["seconds"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        return 0, {}  # not there, or not whole
+        return 0, {}, 0.0  # not there, or not whole

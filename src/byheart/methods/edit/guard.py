@@ -129,8 +129,13 @@ def measure(base: Base, rows: Sequence[Sequence[int]], facts: Sequence[Fact], se
 
 def _fits(base: Base, prompt: str, *objects: str) -> bool:
     """Whether a prompt with any of these behind it is no longer than the model's positions."""
+    bytes = len(prompt.encode()) + max(len(one.encode()) for one in objects)
+    if (
+        base.positions is None or bytes + 2 < base.positions
+    ):  # a token has a byte at least, but for one at the beginning
+        return True
     longest = max(len(token_ids(base.tokenizer, f"{prompt} {one}", beginning=True)) for one in objects)
-    return base.positions is None or longest <= base.positions
+    return longest <= base.positions
 
 
 def drift_notes(before: Standing, after: Standing, max_perplexity: float, max_neighbours: float) -> tuple[str, bool]:

@@ -21,6 +21,7 @@ from byheart.base import Base, digest_of
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
+from byheart.methods.controls import CARD
 from byheart.methods.edit import guard
 from byheart.methods.edit.covariance import moment_rows, second_moments
 from byheart.methods.edit.layers import choose_layers
@@ -41,15 +42,18 @@ _ANEW = (
     "sequence=accumulate: what comes changes what is there (a change that is shared, a fact that is contradicted), so "
     "that all facts were solved anew, together"
 )
-# Options that have a say where another one allows it only, and what that must be.
-_GATED, _SETTLING = ("gate", "warn or rollback"), ("settle", "1 or more")
-_ONLY = {
-    "energy": ("constraint", "nullspace"), "counted": ("merge", "true"), "stop_loss": ("stop", "fit or loss"),
-    "max_perplexity": _GATED, "max_neighbours": _GATED,
-    **{name: _SETTLING for name in SettleOptions.__dataclass_fields__ if name != "settle"},
-}  # fmt: skip
-# What that one must not be.
-_NO_SAY = {"constraint": ("none", "equality"), "merge": (False,), "stop": ("argmax",), "gate": ("off",), "settle": (0,)}
+# Options that have a say only where another one is one of these.
+_GATED, _SETTLED = ("gate", ("warn", "rollback")), ("settle", ("1 or more",))
+_ONLY: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
+    "energy": (("constraint", ("nullspace",)),),
+    "scatter": (("constraint", ("none",)),),
+    "others": (("constraint", ("none",)),),
+    "counted": (("merge", (True,)), ("constraint", ("none", "nullspace"))),
+    "stop_loss": (("stop", ("fit", "loss")),),
+    "max_perplexity": (_GATED,),
+    "max_neighbours": (_GATED,),
+    **{name: (_SETTLED,) for name in SettleOptions.__dataclass_fields__ if name != "settle"},
+}
 # Options that folders from before may name.
 _GONE = ("rounds", "settle_temperature")
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
@@ -125,10 +129,8 @@ class Edit(ChangedWeights):
             raise UsageError("--set edit.weight=0: must be above 0")
         if self.options.energy >= 1:
             raise UsageError(f"--set edit.energy={self.options.energy}: must be below 1")
-        for name, (other, needed) in _ONLY.items():
-            given = getattr(self.options, name) != getattr(EditOptions, name)
-            if given and getattr(self.options, other) in _NO_SAY[other]:
-                raise UsageError(f"--set edit.{name}={settings.options[f'edit.{name}']}: needs edit.{other}={needed}")
+        if not (work / CARD).is_file():  # what was learnt is opened, whatever it was learnt with
+            self._check_options(settings)
         self.layers = choose_layers(base, self.options.layers)
         self.z = torch.zeros(0, base.parts.d_model)
         # By fact and layer, what settling added to the residuals that the targets give.
@@ -141,6 +143,17 @@ class Edit(ChangedWeights):
         self._source = ""  # what tells them from others
         self._writer: Writer | None = None
         self._earlier: dict[str, float] = {}  # by file of targets, the seconds that earlier runs took for it
+
+    def _check_options(self, settings: Settings) -> None:
+        """What would silently do nothing is refused."""
+        for name, needs in _ONLY.items():
+            for other, allowed in needs:
+                value = getattr(self.options, other)
+                fits = value > 0 if other == "settle" else value in allowed
+                if getattr(self.options, name) != getattr(EditOptions, name) and not fits:
+                    needed = " or ".join(str(one).lower() for one in allowed)
+                    given = settings.options[f"edit.{name}"]
+                    raise UsageError(f"--set edit.{name}={given}: needs edit.{other}={needed}")
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -196,6 +209,12 @@ class Edit(ChangedWeights):
             report = self._report(time.perf_counter() - began, notes)
         super().revise(change)
         return report
+
+    def renew(self) -> LearnReport:
+        """Write the facts that hold this day, and no others."""
+        began = time.perf_counter()
+        notes = self._follow(self.holding)
+        return self._report(time.perf_counter() - began, notes)
 
     def undo(self, ids: Sequence[str]) -> LearnReport:
         """Take facts out again.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from byheart import __version__
 from byheart.base import Base
 from byheart.decode import Job, complete
 from byheart.methods.edit.common_facts import common_facts
@@ -17,17 +19,23 @@ from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.progress import Silent
 from byheart.rows import Fact
 from byheart.score import harmonic_mean
+from byheart.storage import fingerprint, resumed
 
 FACTS = 16
 # Where ranges begin, as shares of the depth.
 STARTS = (0.0, 0.1, 0.2, 0.3, 0.4)
 
 
-def sweep(base: Base, facts: Sequence[Fact], seed: int, show: Silent) -> tuple[int, int, list[dict[str, Any]]]:
+def sweep(
+    base: Base, facts: Sequence[Fact], seed: int, store: Path, show: Silent
+) -> tuple[int, int, list[dict[str, Any]]]:
     """The range that best takes up edits and leaves other facts alone.
 
     Each of a few facts is given the object of another with the same prompt; a range's figure is the harmonic mean of
     the share of edits that hold behind prefixes not trained with, and of other facts whose likelier object stayed.
+
+    Args:
+        store: where what came of each range is kept, for one who goes on after a kill.
 
     Returns:
         First and last layer, and what each range came to.
@@ -44,19 +52,23 @@ def sweep(base: Base, facts: Sequence[Fact], seed: int, show: Silent) -> tuple[i
     )
     before = _likelier(base, others, ("",))
     rows = moment_rows(base, None, 2, seed)
-    tried: list[dict[str, Any]] = []
+
+    def tried_out(first: int, last: int) -> dict[str, Any]:
+        layers = range(first, last + 1)
+        z = find_targets(base, prepared, last, TargetOptions()).z
+        moments = second_moments(base, layers, rows)
+        deltas = Writer(base, moments, WriteOptions()).write(prepared, z).deltas
+        with changed_by(base, deltas):
+            held = _likelier(base, edits, prefixes[2:])
+            stayed = [a == b for a, b in zip(before, _likelier(base, others, ("",)), strict=True)]
+        return {"range": [first, last], "held": sum(held) / len(held), "stayed": sum(stayed) / len(stayed)}
+
+    told = [fact.model_dump_json() for fact in (*edits, *others)]
+    mark = fingerprint(__version__, base.hash, str(base.dtype), told, seed)
     with show.bar("trace: ranges", len(ranges)) as tick:
-        for first, last in ranges:
-            layers = range(first, last + 1)
-            z = find_targets(base, prepared, last, TargetOptions()).z
-            moments = second_moments(base, layers, rows)
-            deltas = Writer(base, moments, WriteOptions()).write(prepared, z).deltas
-            with changed_by(base, deltas):
-                held = _likelier(base, edits, prefixes[2:])
-                stayed = [a == b for a, b in zip(before, _likelier(base, others, ("",)), strict=True)]
-            held_share, stayed_share = sum(held) / len(held), sum(stayed) / len(stayed)
-            tried.append({"range": [first, last], "held": held_share, "stayed": stayed_share})
-            tick(1)
+        tried: list[dict[str, Any]] = resumed(
+            store, mark, ranges, 1, lambda some: [tried_out(*one) for one in some], tick
+        )
     best = max(tried, key=lambda one: harmonic_mean([one["held"], one["stayed"]]))
     return best["range"][0], best["range"][1], tried
 

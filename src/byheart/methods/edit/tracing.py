@@ -48,7 +48,7 @@ def trace_base(
         "layers": len(base.parts.blocks), "asked": len(facts), "known": len(known), "facts": 0,
     }  # fmt: skip
     if len(known) < LEAST:
-        first, last, tried = sweep(base, facts, seed, show)
+        first, last, tried = sweep(base, facts, seed, work / "ranges.json", show)
         record |= {"how": f"a sweep: the model knows only {len(known)} of the facts", "tried": tried}
     else:
         with show.bar("trace: facts", min(limit, len(known))) as tick:

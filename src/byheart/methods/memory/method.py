@@ -173,6 +173,10 @@ class Memory(Closed):
         super().revise(change)
         return report
 
+    def renew(self) -> LearnReport:
+        """Facts come and go by their dates, as with any change of one."""
+        return self._revised(Change(0, "", "revise", "fact", "", None, None, None))
+
     def _revised(self, change: Change) -> LearnReport:
         """The changed row is learnt, what it replaces is trained away.
 

@@ -34,7 +34,10 @@ class Cache:
         first: the position at which the beginning begins.
         files: where passages are kept.
         rotation: what moves keys.
+        mark: how columns are made, where it is not by reading.
     """
+
+    mark = ""
 
     def __init__(self, base: Base, form: PromptFormat, files: Store, rotation: Rotation | None, first: int = 0) -> None:
         """Read the form's beginning, from position ``first`` on."""
@@ -122,7 +125,7 @@ class Made(Cache):
 
     def __init__(self, whole: Cache, mark: str) -> None:
         vars(self).update(vars(whole))  # the beginning is read already
-        self.whole, self._mark = whole, mark
+        self.whole, self.mark = whole, mark
 
     def encode(self, passages: Sequence[Block], *, kept: bool) -> list[KV]:
         """Keys and values of each passage; with ``kept`` from disk where they are there, as examples always are."""
@@ -133,7 +136,7 @@ class Made(Cache):
     def path(self, passage: Block) -> Path:
         """A passage's file; made in another way, another file."""
         path = self.whole.path(passage)
-        return path if isinstance(passage, Example) else self.files.path(path.name, self._mark)
+        return path if isinstance(passage, Example) else self.files.path(path.name, self.mark)
 
 
 class Few(Made):

@@ -277,6 +277,11 @@ class Learnt(Context):
         return replace(self.options, store="none", realm=0, interpolate=0.0)
 
     @property
+    def digest(self) -> str:
+        """A hash of what is learnt, and of how columns are made: what answers depend on besides the options."""
+        return fingerprint(digest_of(self._learnt.state_dict().values()), self.cache.mark) if self._learns else ""
+
+    @property
     def _keeps(self) -> bool:
         return self.options.store == "disk"
 
@@ -390,7 +395,7 @@ class Learnt(Context):
         # What is learnt begins as text of the ledger, so that another ledger gives another beginning.
         begin = digest_of(learnt.state_dict().values())
         made_with = (__version__, base.hash, str(base.dtype), self.encoder.card.hash, asdict(self._trained_by), seed)
-        mark = fingerprint(made_with, self.form.pieces("", ()), found, begin)
+        mark = fingerprint(made_with, self.form.pieces("", ()), found, begin, *filter(None, [self.cache.mark]))
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         store = self.work / f"learnt-{mark}.safetensors"
         read = self._read(blocks, distilled=options.distil > 0)
