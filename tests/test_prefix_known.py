@@ -195,6 +195,10 @@ def test_training_moves_the_heads_unless_their_rank_is_none(tiny, ledger, tmp_pa
     assert losses[8][1] < losses[0][1] - 0.1
 
 
+def read(method, passages):
+    return select.read_of(method.whole, method.encoder, passages, method.whole.encode(passages, kept=False))
+
+
 def passage_of(text):
     return Passage("d", "Vell", text, 0, len(text))
 
@@ -238,7 +242,7 @@ def test_words_are_what_stands_between_spaces_and_marks(tiny, tmp_path):
 def test_the_words_that_are_taken_keep_their_own_columns(tiny, tmp_path):
     method = prefix(tiny("llama"), tmp_path, 1, encoder="selected")
     whole, passage = method.whole, passage_of("The boats of Vell are nine boats, and the boats of Ostrand are seven.")
-    told = known.known_of(whole, method.encoder, [passage])[0]
+    told = read(method, [passage])[0]
     likely = select.Likely(torch.randn(told.shape[1], generator=torch.Generator().manual_seed(3)))
     (own,) = whole.fresh([passage])
     for count in (1, 8, 500):
@@ -258,6 +262,20 @@ def test_the_words_that_are_taken_keep_their_own_columns(tiny, tmp_path):
     assert len(paths) == 4
 
 
+def test_what_is_known_of_a_token_that_was_read(tiny, tmp_path):
+    """The values of the blocks above the middle, of a token and of the next, before what is known without reading."""
+    method = prefix(tiny("llama"), tmp_path, encoder="selected")
+    passage = passage_of("The boats of Vell are nine.")
+    (told,), (block,) = read(method, [passage]), method.whole.encode([passage], kept=False)
+    (plain,) = known.known_of(method.whole, method.encoder, [passage])
+    width = 2 * block.values[0].shape[0] * block.values[0].shape[2]
+    assert len(block.values) == 3 and told.shape == (len(plain), 2 * width + plain.shape[1])
+    assert torch.equal(told[:, 2 * width :], plain) and torch.equal(told[:-1, width : 2 * width], told[1:, :width])
+    assert not told[-1, width : 2 * width].any()
+    for n in range(len(told)):
+        assert torch.equal(told[n, :width], torch.cat([block.values[layer][:, n].flatten() for layer in (2, 1)]))
+
+
 def test_what_is_likely_is_the_ridge_regression_of_where_answers_stand(tiny, tmp_path):
     method = prefix(tiny("llama"), tmp_path, encoder="selected")
     some = [
@@ -275,7 +293,7 @@ def test_what_is_likely_is_the_ridge_regression_of_where_answers_stand(tiny, tmp
         found = [one.strip() for one in stretches.split("|") if one.strip()]
         assert found == [["orla fenn", "Orla Fenn"], ["Vell has nine"], []][len(inside) - 1]
     likely = select.fit_likely(method.whole, method.encoder, some)
-    told = torch.cat(known.known_of(method.whole, method.encoder, [passage for passage, _ in some])).double()
+    told = torch.cat(read(method, [passage for passage, _ in some])).double()
     size = told.square().mean(0).clamp(min=1e-12)
     weight = likely.weight.double()
     slope = told.T @ (told @ weight) + select._RIDGE * len(told) * size * weight
@@ -298,7 +316,7 @@ def test_where_answers_stand_is_learnt_from_other_pages(tiny, world, minilm, tmp
     for passage, answers in (one for one in pairs if one[0].document in pages[1::2]):
         flags = torch.from_numpy(select._answered(method.whole, passage, answers))
         if flags.any():
-            (told,) = known.known_of(method.whole, method.encoder, [passage])
+            (told,) = read(method, [passage])
             first = select.likeliest(*select.words_of(method.whole, passage), likely(told).tolist(), 16)
             taken.append(float(flags[first].float().mean()))
             any_of_it.append(float(flags.float().mean()))

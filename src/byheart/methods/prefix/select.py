@@ -19,6 +19,8 @@ from byheart.segment import Passage
 
 # Passages whose tokens are described at once.
 _AT_ONCE = 16
+# So many blocks of the model's upper half, evenly apart from the last one down, tell what they keep of a token.
+_BLOCKS = 5
 # A token in twenty is an answer's, and what tells them apart is faint: of what is known, most is noise to it.
 _RIDGE = 1.0
 # What counts as a word: letters and digits, or marks, in a row. One of more tokens (no word at all, or of a script that
@@ -27,7 +29,7 @@ _WORD, _LONGEST = re.compile(r"\w+|[^\w\s]+"), 8
 
 
 class Likely(nn.Module):
-    """Of what is known of a token (see :func:`known_of`), how likely it is part of an answer: a linear form."""
+    """Of what is known of a token (see :func:`read_of`), how likely it is part of an answer: a linear form."""
 
     def __init__(self, weight: Tensor) -> None:
         """Take the form (known,)."""
@@ -52,8 +54,8 @@ class Selected(Few):
 
     def fresh(self, passages: Sequence[Block]) -> list[KV]:
         """Columns of passages that are not on disk."""
-        known = known_of(self.whole, self._encoder, passages)
         blocks = self.whole.encode(passages, kept=True)
+        known = read_of(self.whole, self._encoder, passages, blocks)
         return [self._of(*one) for one in zip(passages, blocks, known, strict=True)]
 
     def _of(self, passage: Block, block: KV, known: Tensor) -> KV:
@@ -61,6 +63,20 @@ class Selected(Few):
         places = torch.tensor(taken, device=block.keys[0].device)
         keys, values = (tuple(one[:, places] for one in kept) for kept in (block.keys, block.values))
         return KV(keys, values, block.start, block.end)
+
+
+def read_of(whole: Cache, encoder: Encoder, passages: Sequence[Block], blocks: Sequence[KV]) -> list[Tensor]:
+    """What is known of each passage's tokens once the model has read them (tokens, known), in fp32.
+
+    The values that it keeps of a token and of the next one in some of its upper blocks, and what :func:`known_of` says.
+    """
+    depth = len(whole.base.parts.blocks)
+    upper = range(depth - 1, depth // 2 - 1, -max(1, depth // (2 * _BLOCKS)))[:_BLOCKS]
+    found = []
+    for block, known in zip(blocks, known_of(whole, encoder, passages), strict=True):
+        kept = torch.cat([block.values[n].transpose(0, 1).flatten(1) for n in upper], 1).to(known)
+        found.append(torch.cat([kept, torch.cat([kept[1:], torch.zeros_like(kept[:1])]), known], 1))
+    return found
 
 
 def words_of(whole: Cache, passage: Block) -> tuple[list[str], list[list[int]]]:
@@ -108,7 +124,8 @@ def fit_likely(whole: Cache, encoder: Encoder, answered: Sequence[tuple[Passage,
     sums = Sums()
     for n in range(0, len(answered), _AT_ONCE):
         some = answered[n : n + _AT_ONCE]
-        known = torch.cat(known_of(whole, encoder, [passage for passage, _ in some]))
+        passages = [passage for passage, _ in some]
+        known = torch.cat(read_of(whole, encoder, passages, whole.encode(passages, kept=True)))
         inside = np.concatenate([_answered(whole, passage, answers) for passage, answers in some])
         sums.add(known, torch.from_numpy(inside).to(known)[:, None])
     scale, weight = sums.solved(_RIDGE)
