@@ -904,10 +904,10 @@ def test_a_baseline_follows_without_its_text(base, tmp_path, monkeypatch):
     )
     with ledger_of(tmp_path, FACTS[:2]) as ledger:
         rome.learn(ledger)
-        rome.save_pretrained(tmp_path / "rome")
+        rome.save_pretrained(tmp_path / "kept")
         ledger.retract("fact", "quay")
         monkeypatch.setattr(ordinary, "_written", lambda *_: pytest.fail("written anew"))
-        kept = type(rome).from_pretrained(tmp_path / "rome", base)
+        kept = type(rome).from_pretrained(tmp_path / "kept", base)
         kept.revise(list(ledger.history())[-1])
     assert [fact.id for fact in kept.facts] == ["cove"]
 
