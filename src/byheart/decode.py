@@ -522,7 +522,7 @@ def _common_length(prompts: Sequence[list[int]]) -> int:
         return 0
     low, high = min(prompts), max(prompts)
     common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return max(0, min(common, min(map(len, prompts)) - 1))
+    return min(common, min(map(len, prompts)) - 1)
 
 
 def slides(config: Any) -> bool:

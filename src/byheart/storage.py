@@ -16,6 +16,8 @@ from byheart.errors import DataError
 
 # What safetensors and temporary files would leave readable for their owner alone.
 _READABLE = 0o644
+# The file that says what a folder of something learnt holds.
+CARD = "byheart.json"
 # Seconds between two saves of work that goes on: what a kill can cost.
 SAVE_EVERY = 60.0
 # Left free on a disk, whatever is asked for.

@@ -34,6 +34,7 @@ from byheart.cli.options import (
     make_settings,
 )
 from byheart.errors import DataError, UsageError
+from byheart.storage import CARD
 
 if TYPE_CHECKING:
     from byheart.base import Base
@@ -88,7 +89,7 @@ def _learn(
         options = ["edit.gate=warn", *(options or [])]
     settings = make_settings(encoder, segment, retriever, k, shots, chat, max_new_tokens, seed, options)
     check_used(options, [method])
-    check_replaceable(out, "byheart.json")
+    check_replaceable(out, CARD)
     show = Terminal()
     with Ledger(ledger) as opened:
         learner = cls(
@@ -195,7 +196,7 @@ def _follow(
     from byheart.progress import Terminal
     from byheart.storage import SAVE_EVERY, read_card
 
-    card, today = read_card(folder / "byheart.json", "ledger"), dt.date.today().isoformat()
+    card, today = read_card(folder / CARD, "ledger"), dt.date.today().isoformat()
     with Ledger(ledger) as opened:
         if not opened.passed(card["ledger"]):
             raise DataError(f"{ledger}: is not the ledger that {folder} was learnt from; name that one, or learn anew")
@@ -309,7 +310,7 @@ def _base_of(folders: list[Path], base: str | None, device: str | None, dtype: s
     from byheart.progress import Terminal
     from byheart.storage import read_card
 
-    cards = [read_card(folder / "byheart.json", "method", "base") for folder in folders]
+    cards = [read_card(folder / CARD, "method", "base") for folder in folders]
     try:
         name = base or str(cards[0]["base"]["name"])
         packed = bool(cards[0]["base"].get("packed"))
@@ -323,7 +324,7 @@ def _learnt_in(folder: Path, base: Base) -> Method:
     from byheart.methods import method_class
     from byheart.storage import read_card
 
-    return method_class(read_card(folder / "byheart.json", "method")["method"]).from_pretrained(folder, base)
+    return method_class(read_card(folder / CARD, "method")["method"]).from_pretrained(folder, base)
 
 
 def _newly_skipped(method: Method, had: dict[str, str]) -> list[str]:

@@ -27,10 +27,8 @@ from byheart.retrieve import Retriever, follow, index_ledger, searchable
 from byheart.rows import Document, Kind, Question
 from byheart.score import contains, normalize
 from byheart.segment import Passage
-from byheart.storage import check_replaceable, new_folder, read_card, write_json
+from byheart.storage import CARD, check_replaceable, new_folder, read_card, write_json
 
-# The file that says what a folder holds.
-CARD = "byheart.json"
 # How far down retrieval is looked at for recall, whatever the prompt holds.
 RECALL_DEPTH = 10
 _DRAWS = 100

@@ -61,7 +61,7 @@ class Baseline(ChangedWeights):
         return report
 
     def renew(self) -> LearnReport:
-        """Learn the facts that hold this day again, where they are others."""
+        """Learn all facts that hold this day again."""
         return self._learn(self.holding, _NOTHING)
 
     def _learn(self, facts: Sequence[Fact], progress: Progress) -> LearnReport:

@@ -129,10 +129,9 @@ def measure(base: Base, rows: Sequence[Sequence[int]], facts: Sequence[Fact], se
 
 def _fits(base: Base, prompt: str, *objects: str) -> bool:
     """Whether a prompt with any of these behind it is no longer than the model's positions."""
-    bytes = len(prompt.encode()) + max(len(one.encode()) for one in objects)
-    if (
-        base.positions is None or bytes + 2 < base.positions
-    ):  # a token has a byte at least, but for one at the beginning
+    # A token has a byte at least, but for one at the beginning: most need not be split to be known to fit.
+    most = len(prompt.encode()) + max(len(one.encode()) for one in objects) + 2
+    if base.positions is None or most < base.positions:
         return True
     longest = max(len(token_ids(base.tokenizer, f"{prompt} {one}", beginning=True)) for one in objects)
     return longest <= base.positions

@@ -21,7 +21,6 @@ from byheart.base import Base, digest_of
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Change, Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
-from byheart.methods.controls import CARD
 from byheart.methods.edit import guard
 from byheart.methods.edit.covariance import moment_rows, second_moments
 from byheart.methods.edit.layers import choose_layers
@@ -35,7 +34,7 @@ from byheart.methods.facts import choose_facts
 from byheart.ordinary import ordinary_text, text_rows_of, text_tensor
 from byheart.progress import scaled
 from byheart.rows import Fact
-from byheart.storage import fingerprint, replacing
+from byheart.storage import CARD, fingerprint, replacing
 
 _REFUSED = "rolled back by the gate"
 _ANEW = (

@@ -395,7 +395,7 @@ class Learnt(Context):
         # What is learnt begins as text of the ledger, so that another ledger gives another beginning.
         begin = digest_of(learnt.state_dict().values())
         made_with = (__version__, base.hash, str(base.dtype), self.encoder.card.hash, asdict(self._trained_by), seed)
-        mark = fingerprint(made_with, self.form.pieces("", ()), found, begin, *filter(None, [self.cache.mark]))
+        mark = fingerprint(made_with, self.form.pieces("", ()), found, begin, self.cache.mark)
         recipe = Recipe(orders.steps, options.lr, options.warmup, options.decay, options.clip)
         store = self.work / f"learnt-{mark}.safetensors"
         read = self._read(blocks, distilled=options.distil > 0)
