@@ -213,6 +213,10 @@ def test_a_run_scores_the_unedited_model_beside_the_edited_one(tokenizer, tmp_pa
     assert edit["metrics"]["s_accuracy"] == pytest.approx(harmonic_mean(parts))
     page = write_edit_report(tmp_path / "run").read_text()
     assert "CounterFact" in page and "more edits" in page and "P7" in page and "trace" not in page
+    assert "edit prompts behind which" in page and "unrelated questions" not in page  # what it shows is explained
+    (perplexities,) = (row for row in next(grids(run))[2] if row[0] == "perplexity")
+    before, after = perplexity(base, rows), edit["perplexity"]
+    assert perplexities == ["perplexity", f"{before:.1f}", f"{after / before - 1:+.1%}"]
     (tmp_path / "home" / "trace").mkdir()
     traced = {
         "model": "tiny",
@@ -308,8 +312,8 @@ def test_what_parts_left_out_stands_beside_them(tokenizer, tmp_path, monkeypatch
     assert (part["facts"], part["cases"]) == (2, 3) and part["skipped_facts"] == {"cf-7#2": "the same as cf-7"}
     found = {title: (head, table) for title, head, table in grids(run)}
     assert [note for _, note in found["what stands out"][1]][-2:] == [
-        "twice: 1 facts skipped (cf-7#2): the same as cf-7",
-        "twice: perplexity is that after the first 1 batches",
+        "twice: 1 fact skipped (cf-7#2): the same as cf-7",
+        "twice: perplexity is measured after 1 of 2 batches",
     ]
     head, table = found["edit: twice, 2 batches, 2 of 3 facts written"]
     assert [row[0] for row in table] == ["closed", "edit"] and all(len(row) == len(head) for row in table)
@@ -328,7 +332,8 @@ def test_what_an_edit_left_out_and_what_its_gate_says_stand_in_its_tables(tokeni
         run = run_editing("CounterFact", base, cases, ["edit"], tmp_path / gate, settings, Plan(texts=3))
         (said,) = ([note for _, note in rows] for title, _, rows in grids(run) if title == "what stands out")
         assert "it drifts" in said
-        assert any(note.startswith(f"{2 - count} facts skipped (cf-7#2") and note.endswith(why) for note in said)
+        skipped = "1 fact skipped (cf-7#2" if count else "2 facts skipped (cf-7#2"
+        assert any(note.startswith(skipped) and note.endswith(why) for note in said)
         (written,) = (row for row in next(grids(run))[2] if row[0] == "facts written")
         assert written == ["facts written", "-", str(count)]
     assert run["unmeasured"] == [f"{one}: the records have no prompts to write on from" for one in ("GE", "RS")]

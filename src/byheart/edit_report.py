@@ -10,31 +10,31 @@ from byheart.report import svg
 from byheart.storage import read_card, read_json, replacing, traced_path
 from byheart.tables import Grid, write_page
 
-# Metric, heading, and whether it is a share: what a table shows where the run has it.
+# Metric, heading and meaning: what a table shows where the run has it.
 MAIN = (
-    ("es", "ES"),
-    ("ps", "PS"),
-    ("ns", "NS"),
-    ("s", "S"),
-    ("es_magnitude", "ES mag."),
-    ("ps_magnitude", "PS mag."),
-    ("ns_magnitude", "NS mag."),
-    ("es_accuracy", "ES acc."),
-    ("ps_accuracy", "PS acc."),
-    ("ns_accuracy", "NS acc."),
-    ("s_accuracy", "S acc."),
-    ("efficacy", "efficacy"),
-    ("paraphrase", "paraphrase"),
-    ("specificity", "specificity"),
-    ("portability", "portability"),
-    ("generated", "said"),
-    ("generated_paraphrase", "said, paraphrase"),
-    ("leak", "leak, prompt"),
-    ("leak_subject", "leak, subject"),
-    ("leak_reworded", "leak, reworded"),
-    ("ge", "GE"),
-    ("rs", "RS"),
-    ("perplexity_drift", "perplexity"),
+    ("es", "ES", "share of edit prompts behind which the new object is likelier than the true one"),
+    ("ps", "PS", "the same of their paraphrases"),
+    ("ns", "NS", "share of prompts about neighbours behind which the true object is still the likelier"),
+    ("s", "S", "harmonic mean of ES, PS and NS, or of efficacy, paraphrase and specificity"),
+    ("es_magnitude", "ES mag.", "difference of the two probabilities"),
+    ("ps_magnitude", "PS mag.", ""),
+    ("ns_magnitude", "NS mag.", ""),
+    ("es_accuracy", "ES acc.", "share of prompts behind which all tokens of what is wanted are the likeliest"),
+    ("ps_accuracy", "PS acc.", ""),
+    ("ns_accuracy", "NS acc.", ""),
+    ("s_accuracy", "S acc.", ""),
+    ("efficacy", "efficacy", "share of the new object's tokens that are the likeliest behind the edit prompt"),
+    ("paraphrase", "paraphrase", "the same behind its paraphrase"),
+    ("specificity", "specificity", "the same of right answers to unrelated questions"),
+    ("portability", "portability", "the same of answers that follow from the new object"),
+    ("generated", "said", "share of freely generated answers that begin with the new object"),
+    ("generated_paraphrase", "said, paraphrase", "the same of answers to paraphrases"),
+    ("leak", "leak, prompt", "share of edits whose object is said behind their prompt about another edit's subject"),
+    ("leak_subject", "leak, subject", "share where the other edit's object is said there"),
+    ("leak_reworded", "leak, reworded", "the same behind a paraphrase, which no edit has seen"),
+    ("ge", "GE", "entropy of generated texts' word pairs and triples, times 100; low where they repeat themselves"),
+    ("rs", "RS", "likeness (TF-IDF) of generated texts and texts about the new object, times 100"),
+    ("perplexity_drift", "perplexity", "of ordinary text: that of the unedited model, and the change from it"),
 )
 _SHORT = ("es", "ps", "ns", "s", "efficacy", "paraphrase", "specificity", "generated", "perplexity_drift")
 # The name of the unedited model in a run.
@@ -46,7 +46,7 @@ _NAMED = 5
 def grids(run: dict[str, Any]) -> Iterator[Grid]:
     """Title, head and rows of each table, as texts."""
     methods = run["methods"]
-    shown = [(key, label) for key, label in MAIN if any(key in m["metrics"] for m in methods.values())]
+    shown = [(key, label) for key, label, _ in MAIN if any(key in m["metrics"] for m in methods.values())]
     yield (
         f"{run['benchmark']}: {run['edits']} records edited at once, {run['base']['name']}; scored after all edits",
         ["", *methods],
@@ -65,23 +65,23 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
             by_metric.setdefault(pair["metric"], {})[pair["method"]] = (
                 f"{pair['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
             )
-        labels = dict(MAIN)
+        labels = {key: label for key, label, _ in MAIN}
         rows = [[labels[metric], *(cells.get(name, "-") for name in names)] for metric, cells in by_metric.items()]
         yield "difference from the unedited model, case by case", ["", *names], rows
     for name, method in methods.items():
-        short = [(key, label) for key, label in MAIN if key in _SHORT and key in method["metrics"]]
+        short = [(key, label) for key, label, _ in MAIN if key in _SHORT and key in method["metrics"]]
         if method.get("curve"):
             rows = []
             for point in method["curve"]:
-                beside = [("unedited", point["unedited"])] if "unedited" in point else []
+                beside = [(f", {UNEDITED}", point["unedited"])] if "unedited" in point else []
                 rows += [
-                    [f"{point['edits']} {what}".strip(), str(point["batches"]), *(_cell(part, key) for key, _ in short)]
+                    [f"{point['edits']}{what}", str(point["batches"]), *(_cell(part, key) for key, _ in short)]
                     for what, part in (*beside, ("", _with_drift(point)))
                 ]
             yield f"{name}: more edits", ["edits", "batches", *(label for _, label in short)], rows
         for label, part in method.get("sets", {}).items():
-            keys = [(key, head) for key, head in MAIN if key in _with_drift(part)["metrics"]]
-            beside = [("closed", part["unedited"])] if "unedited" in part else []
+            keys = [(key, head) for key, head, _ in MAIN if key in _with_drift(part)["metrics"]]
+            beside = [(UNEDITED, part["unedited"])] if "unedited" in part else []
             # Runs from before did not count.
             facts = f"{part['facts']} of {part['cases']} facts written" if beside else f"{part['cases']} facts"
             yield (
@@ -91,6 +91,7 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
             )
         groups = method.get("by_group", {})
         if name != UNEDITED and len(groups) > 1:
+            short = [(key, label) for key, label in short if key != "perplexity_drift"]  # the model's, no relation's
             rows = [
                 [group or "-", str(part["cases"]), *(_cell(part, key) for key, _ in short)]
                 for group, part in groups.items()
@@ -102,11 +103,11 @@ def _notes(method: dict[str, Any]) -> Iterator[str]:
     """What a method says of its edit, and what it left out there and in what was learnt apart."""
     yield from _left_out(method)
     yield from method.get("notes", ())
-    apart = [(f"{point['edits']} edits", point) for point in method.get("curve", ())]
+    apart = [(f"{point['edits']} at once", point) for point in method.get("curve", ())]
     for where, part in (*apart, *method.get("sets", {}).items()):
         yield from (f"{where}: {said}" for said in _left_out(part))
         if 0 < part.get("perplexity_batches", 0) < part["batches"]:
-            yield f"{where}: perplexity is that after the first {part['perplexity_batches']} batches"
+            yield f"{where}: perplexity is measured after {part['perplexity_batches']} of {part['batches']} batches"
 
 
 def _left_out(part: dict[str, Any]) -> Iterator[str]:
@@ -116,7 +117,7 @@ def _left_out(part: dict[str, Any]) -> Iterator[str]:
         by_reason.setdefault(why, []).append(id)
     for why, ids in by_reason.items():
         more = f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else ""
-        yield f"{len(ids)} facts skipped ({', '.join(ids[:_NAMED])}{more}): {why}"
+        yield f"{len(ids)} fact{'s' if len(ids) != 1 else ''} skipped ({', '.join(ids[:_NAMED])}{more}): {why}"
 
 
 def _with_drift(part: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +127,8 @@ def _with_drift(part: dict[str, Any]) -> dict[str, Any]:
 
 def _cell(part: dict[str, Any], key: str) -> str:
     value = part["metrics"].get(key)
+    if value is None and key == "perplexity_drift" and part.get("perplexity"):
+        return f"{part['perplexity']:.1f}"
     if value is None:
         return "-"
     if key == "perplexity_drift":
@@ -141,9 +144,10 @@ def write_edit_report(folder: Path) -> Path:
     Where a causal trace of the same model is kept, its heat map is shown, too.
     """
     run = read_card(folder / "run.json", "methods", "benchmark", "edits", "base")
-    sections: list[dict[str, Any]] = [
-        {"title": title, "head": head, "rows": rows, "note": _note(title, run)} for title, head, rows in grids(run)
-    ]
+    sections: list[dict[str, Any]] = [{"title": title, "head": head, "rows": rows} for title, head, rows in grids(run)]
+    sections[0]["meanings"] = {label: meaning for _, label, meaning in MAIN}
+    missing = "".join(f" Not measured: {one}." for one in run.get("unmeasured", []))
+    sections[0]["note"] = f"{UNEDITED} is the unedited model; with 95 % intervals.{missing}"
     for name, method in run["methods"].items():
         if len(method.get("curve", [])) > 1:
             sections.append({"title": f"{name}: what happens as edits are added", "svg": svg(_curve(method["curve"]))})
@@ -207,22 +211,6 @@ def heat_section(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _note(title: str, run: dict[str, Any]) -> str:
-    if not title.startswith(run["benchmark"]):
-        return ""
-    closed = "closed is the unedited model. ES, PS: share with p(new) > p(true) on edit and paraphrase prompts; NS: "
-    closed += (
-        "p(true) > p(new) on neighbourhood prompts; S: their harmonic mean; mag.: the difference of the two; acc.: all "
-    )
-    closed += (
-        "target tokens are the likeliest; said: the freely generated answer begins with the new object; leak: so does "
-        "that to the same prompt about another edit's subject, or to another edit's prompt about the same subject "
-        "(reworded: a paraphrase of that, which no edit has seen). "
-        "95 % intervals."
-    )
-    return closed + "".join(f" Not measured: {one}." for one in run.get("unmeasured", []))
-
-
 def _effect(values: list[float] | None) -> str:
     return "-" if values is None else f"{values[0]:+.3f} [{values[1]:+.3f}, {values[2]:+.3f}]"
 
@@ -257,7 +245,7 @@ def _curve(points: list[dict[str, Any]]) -> Any:
     rows = [
         {"edits": point["edits"], "metric": label, "value": point["metrics"][key], "low": low, "high": high}
         for point in points
-        for key, label in MAIN
+        for key, label, _ in MAIN
         if key in ("es", "ps", "ns", "efficacy", "paraphrase", "specificity", "generated") and key in point["metrics"]
         for low, high in [point["intervals"][key]]
     ]

@@ -134,10 +134,10 @@ def run_editing(
 
 def _unmeasured(cases: Sequence[Case], rows: Sequence[dict[str, Any]], texts: int) -> Iterator[str]:
     """Metrics of texts that were not measured, each with the reason."""
-    if not texts:
-        why = "no texts are written (--texts 0)"
-    elif not any(case.generate for case in cases):
+    if not any(case.generate for case in cases):
         why = "the records have no prompts to write on from"
+    elif not texts:
+        why = "no texts are written (--texts 0)"
     else:
         why = "no reference texts about these objects were given (--references)"
     for metric in ("ge", "rs"):
@@ -166,7 +166,7 @@ def _kept(base: Base, out: Path, show: Silent, method: Method | None) -> Kept:
 
 def _drift(methods: dict[str, Any], name: str) -> None:
     before, after = methods[UNEDITED]["perplexity"], methods[name]["perplexity"]
-    if before and after:
+    if before and after and name != UNEDITED:
         methods[name]["metrics"]["perplexity_drift"] = after / before - 1
 
 
