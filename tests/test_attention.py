@@ -1,3 +1,5 @@
+"""The attention kernel against plain attention, in every shape that models and batches give it."""
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention

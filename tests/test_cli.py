@@ -1,3 +1,5 @@
+"""The command line as users call it, in processes of its own: output, exit codes, one sentence for bad input."""
+
 import json
 import os
 import re
@@ -223,7 +225,7 @@ def test_edit_undo_export_and_trace(tmp_path, smollm):
     # The ledger goes on; what was learnt follows: one of two that contradicted each other is gone, so the other holds.
     byheart("ledger", "retract", "l.db", "rival", cwd=tmp_path)
     done = byheart("follow", "known", "l.db", cwd=tmp_path)
-    assert done.returncode == 0 and "followed 1 changes" in done.stdout, done.stderr
+    assert done.returncode == 0 and "followed 1 change in" in done.stdout, done.stderr
     done = byheart("undo", "known", "master", cwd=tmp_path)
     assert "left: 1 facts" in done.stdout
     other = {"type": "fact", "id": "other", "subject": "Ebb", "prompt": "The keeper of {} is", "object": "Ann"}

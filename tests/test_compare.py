@@ -1,3 +1,5 @@
+"""The main job: methods on the same questions, what is recorded, what is picked up again, what differs."""
+
 import json
 import os
 

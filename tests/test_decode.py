@@ -1,3 +1,5 @@
+"""Batched answers and likelihoods are those of one prompt at a time."""
+
 import pytest
 import torch
 

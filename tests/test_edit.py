@@ -409,13 +409,6 @@ def test_facts_are_written_beside_others(base, tmp_path, monkeypatch):
         assert len(others) == 8 and {one.prompt for one in others} == {fact.prompt}
         assert not subjects & {one.subject for one in others}
     before = weights_with(method)
-    # A folder from before knows nothing of it.
-    method.save_pretrained(tmp_path / "kept")
-    assert all(map(torch.equal, weights_with(Edit.from_pretrained(tmp_path / "kept", base)), before))
-    record = read_json(tmp_path / "kept" / "edit.json")
-    record["options"].pop("others")
-    write_json(tmp_path / "kept" / "edit.json", record)
-    assert Edit.from_pretrained(tmp_path / "kept", base).options.others == 0
     assert learnt(base, tmp_path, settle=0, constraint="equality").names == [] == given.pop()
     other = learnt(base, tmp_path, [asked, *FACTS[1:]], settle=0, others=0)
     assert given.pop() == [] and not all(map(torch.equal, weights_with(other), before))
@@ -492,12 +485,18 @@ def test_revise_follows_the_ledger(base, tmp_path):
         ledger.revise(new)
         ledger.insert([FACTS[2]])
         ledger.retract("fact", "cove")
-        for change in ledger.history(since=start):
+        changes = list(ledger.history(since=start))
+        for change in changes:
             method.revise(change)
-    assert {fact.id: fact.object for fact in method.facts} == {"quay": "the Amberle", "mora": "Ann"}
+    at_once = learnt(base, tmp_path, FACTS[:2])
+    at_once.revise(*changes)
     fresh = learnt(base, tmp_path, [new, FACTS[2]])
-    for one, other in zip(weights_with(method), weights_with(fresh), strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+    for one in (method, at_once):
+        assert {fact.id: fact.object for fact in one.facts} == {"quay": "the Amberle", "mora": "Ann"}
+        assert one.stand == changes[-1].stand
+        assert all(
+            torch.allclose(*pair, atol=1e-5) for pair in zip(weights_with(one), weights_with(fresh), strict=True)
+        )
 
 
 def test_what_was_kept_is_what_was_learnt(base, tmp_path):
@@ -521,18 +520,6 @@ def test_what_was_kept_is_what_was_learnt(base, tmp_path):
     other = make_base("other", tiny_model("gpt2", len(base.tokenizer)), base.tokenizer)
     with pytest.raises(DataError, match="another base"):
         Edit.from_pretrained(tmp_path / "kept", other)
-
-
-def test_a_folder_from_before_goes_on_as_it_was_made(base, tmp_path):
-    learnt(base, tmp_path, settle=1).save_pretrained(tmp_path / "kept")
-    path = tmp_path / "kept" / "edit.json"
-    record = read_json(path)
-    options = {
-        name: value for name, value in record["options"].items() if name not in ("settle", "settle_end", "counted")
-    }
-    write_json(path, record | {"options": options | {"rounds": 4}})
-    kept = Edit.from_pretrained(tmp_path / "kept", base).options
-    assert (kept.settle, kept.settle_end, kept.counted, kept.prefixes) == (0, 0, False, 2)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -877,6 +864,9 @@ def test_facts_come_and_go_by_their_dates_when_followed(base, tmp_path, monkeypa
     day(2030, 3, 1)
     ledger.insert([Document(id="cove", text="A page.")])
     assert followed()[0] == ["mora-2"]
+    solved.clear()
+    ledger.insert([fact.model_copy(update={"id": f"{fact.id}-new"}) for fact in FACTS[:2]])
+    assert followed()[0] == ["mora-2", "quay-new", "cove-new"] and len(solved) == 1  # all changes at once
 
 
 @pytest.mark.parametrize("name", ["ft", "rome"])
@@ -920,6 +910,38 @@ def test_accumulating_says_where_all_is_solved_anew(base, tmp_path):
     assert not told(FACTS, **accumulating) and not told(FACTS, merge=True, batch=3)
     (note,) = told(FACTS, merge=True, **accumulating)  # the second about Vellmora shares the first one's change
     assert "all facts were solved anew" in note
+
+
+def test_undoing_what_was_accumulated_last_solves_anew_says_so_and_looks_after_the_rest(base, tmp_path, monkeypatch):
+    method = learnt(base, tmp_path, FACTS[:3], sequence="accumulate", batch=1, settle=1, settle_runs=1)
+    looked = []
+    plain = Edit._lost
+    monkeypatch.setattr(Edit, "_lost", lambda self, *given: looked.append(1) or plain(self, *given))
+    report = method.undo(["mora"])
+    assert [fact.id for fact in method.facts] == ["quay", "cove"] and looked
+    assert any("all facts were solved anew" in note for note in report.notes)
+
+
+def test_what_was_learnt_is_opened_in_the_arithmetic_it_was_learnt_in(base, tmp_path, capsys):
+    base.model.save_pretrained(tmp_path / "tiny")
+    base.tokenizer.save_pretrained(tmp_path / "tiny")
+    for dtype in ("float32", "bfloat16"):
+        there = load_base(str(tmp_path / "tiny"), dtype=dtype)
+        kept = tmp_path / dtype
+        learnt(there, tmp_path, FACTS[:1], settle=0).save_pretrained(kept)
+        assert learning._base_of([kept], None, None, None).dtype == there.dtype
+        assert "learnt in" not in capsys.readouterr().err
+    assert learning._base_of([kept], None, None, "float32").dtype == torch.float32
+    assert "learnt in bfloat16, opened in float32" in capsys.readouterr().err
+
+
+def test_a_text_is_taken_once_whatever_is_learnt(base, tmp_path, monkeypatch):
+    method = learnt(base, tmp_path, FACTS[:1])
+    writer = method._writer
+    monkeypatch.setattr("byheart.methods.edit.method.moment_rows", lambda *_: pytest.fail("taken again"))
+    with ledger_of(tmp_path, FACTS[:2]) as ledger:
+        method.learn(ledger)
+    assert method._writer is writer and len(method.facts) == 2
 
 
 def test_paraphrases_that_spell_the_subject_out_are_edited_behind_too(base):
@@ -1241,6 +1263,7 @@ def test_options_are_checked(base, tmp_path):
         ("edit.settle_kl=1 edit.settle=0", "needs edit.settle=1 or more"),
         ("edit.max_perplexity=0.2 edit.gate=off", "needs edit.gate=warn or rollback"),
         ("edit.max_neighbours=0.2", "needs edit.gate=warn or rollback"),
+        ("edit.text=nowhere.txt", "edit.text=nowhere.txt: must be own, ledger or a text file"),
     ]:
         options = dict(one.split("=", 1) for one in option.split(" "))
         with pytest.raises(UsageError, match=says):
@@ -1248,6 +1271,14 @@ def test_options_are_checked(base, tmp_path):
     for name in ("ft", "rome"):
         with pytest.raises(UsageError, match=f"^{name}.layers=9-9: "):
             method_class(name)(base, Settings(shots=0, options={f"{name}.layers": "9"}), tmp_path)
+    for option, says in [
+        ("rome.text=nowhere.txt", "a text file"),
+        ("mend.train=nowhere.jsonl", "no such file"),
+        ("mend.blocks=0", "at least 1"),
+        ("ft.decay=1", "below 1"),
+    ]:
+        with pytest.raises((UsageError, DataError), match=says):
+            method_class(option.split(".")[0])(base, Settings(shots=0, options=dict([option.split("=")])), tmp_path)
     t5 = make_base("t5", tiny_model("t5", len(base.tokenizer)), base.tokenizer)
     with pytest.raises(DataError, match="decoder-only"):
         Edit(t5, Settings(), tmp_path)

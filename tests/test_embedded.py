@@ -1,3 +1,5 @@
+"""Embedded models: fetched, checked by hash, converted, and loaded."""
+
 import zipfile
 
 import pytest

@@ -1,3 +1,5 @@
+"""The index of passages: what is added, removed and found is what a plain search would find."""
+
 import copy
 import json
 import subprocess

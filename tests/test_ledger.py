@@ -1,3 +1,5 @@
+"""The ledger: files in, changes with their history, and what the check finds."""
+
 import gzip
 import json
 import signal

@@ -310,7 +310,7 @@ def test_what_was_learnt_in_eight_bits_is_loaded_in_eight_bits(base, tmp_path, m
     write_json(tmp_path / "kept" / "byheart.json", card | {"base": card["base"] | {"packed": True}})
     for dtype in (None, "float32"):
         learning._base_of([tmp_path / "kept"], None, None, dtype)
-    assert loaded == [("tiny", None), ("tiny", "int8"), ("tiny", "float32")]
+    assert loaded == [("tiny", "float32"), ("tiny", "int8"), ("tiny", "float32")]
 
 
 def test_following_is_kept_as_it_goes(base, tmp_path, monkeypatch):

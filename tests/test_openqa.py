@@ -1,3 +1,5 @@
+"""Natural Questions and TriviaQA from their published files."""
+
 import json
 from collections import Counter
 

@@ -1,6 +1,9 @@
+"""Blocks, attention, MLPs and heads are found in every family, and what cannot be used is refused."""
+
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from byheart.base import make_base
 from byheart.errors import DataError
@@ -96,6 +99,11 @@ def test_a_model_it_cannot_handle_is_refused_by_part(tokenizer):
         layer.self_attn = _Recurrent(layer.self_attn.o_proj)
     with pytest.raises(DataError, match="cannot use this model: attention"):
         make_base("odd", model, tokenizer)
+
+    # What counts columns would answer otherwise beside other rows.
+    config = AutoConfig.for_model("mpt", vocab_size=len(tokenizer), d_model=32, n_layers=3, n_heads=4)
+    with pytest.raises(DataError, match="cannot use this model: positions: it counts padding"):
+        make_base("mpt", AutoModelForCausalLM.from_config(config), tokenizer)
 
     model = tiny_model("llama", len(tokenizer))
     norm = model.model.norm

@@ -1,3 +1,5 @@
+"""Metrics and intervals against their formulas and other implementations."""
+
 import math
 import random
 
@@ -130,6 +132,11 @@ def test_none_of_n_leaves_room_for_doubt():
     low, high = mean_interval([1.0] * 40)
     assert (low, high) == pytest.approx((stats.binomtest(40, 40).proportion_ci(method="exact").low, 1))
     assert mean_interval([0.0, 1.0, 1.0]) == bootstrap_interval([0.0, 1.0, 1.0])
+    # Ten that stand or fall together are one observation, not ten.
+    batches = [n // 10 for n in range(200)]
+    together = mean_interval([float(batch % 2) for batch in batches], batches=batches)
+    alone = bootstrap_interval([float(n % 2) for n in range(20)])
+    assert together == pytest.approx(alone, abs=0.05) and together[1] - together[0] > 0.3
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
@@ -145,6 +152,8 @@ def test_a_paired_interval_is_narrower_than_two_single_ones():
     generator = np.random.default_rng(4)
     hard = generator.random(300)
     ours, theirs = (hard < 0.5).astype(float), (hard < 0.42).astype(float)
+    nothing, bounds = paired_difference([0.0, 1.0] * 50, [0.0, 1.0] * 50)
+    assert nothing == 0 and bounds == pytest.approx((-0.036, 0.036), abs=1e-3)
     difference, (low, high) = paired_difference(ours.tolist(), theirs.tolist())
     assert difference == pytest.approx(ours.mean() - theirs.mean())
     assert 0 < low < difference < high

@@ -1,3 +1,5 @@
+"""Texts cut into passages: nothing lost, nothing doubled."""
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

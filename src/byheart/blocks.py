@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from byheart.base import Base
-from byheart.decode import slides
+from byheart.parts import slides
 from byheart.surgery import idle, stopped_at
 
 # Tokens that contexts must begin with alike to be read together.

@@ -281,12 +281,23 @@ def pairs(rows: Mapping[str, Sequence[Metrics]], seed: int) -> list[dict[str, An
     return found
 
 
-def means(rows: Sequence[Metrics], seed: int) -> tuple[Metrics, dict[str, list[float]]]:
-    """The mean of each metric over the rows that have it, and its 95 % interval."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: [row[name] for row in rows if name in row] for name in names}
-    means = {name: _mean(values) for name, values in columns.items()}
-    return means, {name: list(mean_interval(values, seed=seed)) for name, values in columns.items()}
+def means(
+    rows: Sequence[Metrics], seed: int, batches: Sequence[int] | None = None
+) -> tuple[Metrics, dict[str, list[float]]]:
+    """The mean of each metric over the rows that have it, and its 95 % interval.
+
+    Args:
+        batches: see :func:`byheart.score.mean_interval`.
+    """
+    found: Metrics = {}
+    intervals: dict[str, list[float]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        places = [n for n, row in enumerate(rows) if name in row]
+        values = [rows[n][name] for n in places]
+        found[name] = _mean(values)
+        of = None if batches is None else [batches[n] for n in places]
+        intervals[name] = list(mean_interval(values, seed=seed, batches=of))
+    return found, intervals
 
 
 def _mean(values: Sequence[float]) -> float:

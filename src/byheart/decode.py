@@ -18,6 +18,7 @@ from byheart.base import Base, for_device
 from byheart.errors import DataError
 from byheart.kv import KV, length
 from byheart.padding import right_padded
+from byheart.parts import slides
 from byheart.surgery import exact
 
 # Two sizes, since they pull apart: reading is bound by arithmetic and is fastest while a layer's activations stay in
@@ -523,14 +524,6 @@ def _common_length(prompts: Sequence[list[int]]) -> int:
     low, high = min(prompts), max(prompts)
     common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
     return min(common, min(map(len, prompts)) - 1)
-
-
-def slides(config: Any) -> bool:
-    """Whether a model's attention looks back over a window of columns only, so that padding uses the window up."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return any(kind != "full_attention" for kind in kinds)
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def _check_lengths(base: Base, work: _Work) -> None:

@@ -73,7 +73,7 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
         if method.get("curve"):
             rows = []
             for point in method["curve"]:
-                beside = [(f", {UNEDITED}", point["unedited"])] if "unedited" in point else []
+                beside = [(f", {UNEDITED}", point["unedited"])]
                 rows += [
                     [f"{point['edits']}{what}", str(point["batches"]), *(_cell(part, key) for key, _ in short)]
                     for what, part in (*beside, ("", _with_drift(point)))
@@ -81,9 +81,8 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
             yield f"{name}: more edits", ["edits", "batches", *(label for _, label in short)], rows
         for label, part in method.get("sets", {}).items():
             keys = [(key, head) for key, head, _ in MAIN if key in _with_drift(part)["metrics"]]
-            beside = [(UNEDITED, part["unedited"])] if "unedited" in part else []
-            # Runs from before did not count.
-            facts = f"{part['facts']} of {part['cases']} facts written" if beside else f"{part['cases']} facts"
+            beside = [(UNEDITED, part["unedited"])]
+            facts = f"{part['facts']} of {part['cases']} facts written"
             yield (
                 f"{name}: {label}, {part['batches']} batches, {facts}",
                 ["", *(head for _, head in keys)],

@@ -24,7 +24,7 @@ _PAIRED = {"accuracy": "accuracy", "accuracy_generated": "generated", "supports_
 
 
 def grids(*runs: dict[str, Any]) -> Iterator[Grid]:
-    """The runs' tables as the seed prints them: a row a model and memory, a column a number of examples.
+    """The runs' tables: a row a model and memory, a column a number of examples.
 
     Runs are of one split of the same claims, each with a model of its own.
     """

@@ -15,6 +15,8 @@ from byheart.storage import home, read_json, write_json
 
 # Tokens of a row; a row's first ones stand for the beginnings of texts.
 ROW = 128
+# Characters that are tokenised at once, up to the end of their line: some hundred million tokens are no list.
+SLICE = 4_000_000
 _TOP_K = 50
 # What texts of many kinds begin with; the model continues each to make the text that nobody gave it.
 _OPENINGS = (
@@ -58,9 +60,7 @@ def ordinary_text(option: str, method: str, documents: Iterable[str] | None = No
             raise UsageError(f"{method}.text=ledger: the documents are not at hand here; learn from the ledger again")
         return list(documents)
     path = Path(option)
-    if not path.is_file():
-        named = "own or" if documents is None else "own, ledger or"
-        raise UsageError(f"--set {method}.text={path}: must be {named} a text file")
+    check_text(option, method, named="own or" if documents is None else "own, ledger or")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -68,6 +68,16 @@ def ordinary_text(option: str, method: str, documents: Iterable[str] | None = No
     if not text.strip():
         raise DataError(f"{path}: holds no text")
     return [text]
+
+
+def check_text(option: str, method: str, named: str = "own, ledger or") -> None:
+    """See that a method's option ``text`` names something, before any work.
+
+    Raises:
+        UsageError: where it is a file that is not there.
+    """
+    if option not in ("own", "ledger") and not Path(option).is_file():
+        raise UsageError(f"--set {method}.text={option}: must be {named} a text file")
 
 
 def text_rows(
@@ -118,5 +128,9 @@ def _written(base: Base, count: int, seed: int) -> list[list[int]]:
 
 def _cut(base: Base, texts: Sequence[str]) -> Iterator[list[int]]:
     for text in texts:
-        ids = list(base.tokenizer(text)["input_ids"]) if text.strip() else []
-        yield from (ids[start : start + ROW] for start in range(0, len(ids), ROW))
+        start = 0
+        while start < len(text):  # no more is read than rows are taken, which may be the beginning of a large file
+            end = text.find("\n", start + SLICE) + 1 or len(text)
+            part, start = text[start:end], end
+            ids = list(base.tokenizer(part)["input_ids"]) if part.strip() else []
+            yield from (ids[first : first + ROW] for first in range(0, len(ids), ROW))

@@ -162,23 +162,42 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def mean_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+def mean_interval(
+    values: Sequence[float], *, seed: int = 0, batches: Sequence[int] | None = None
+) -> tuple[float, float]:
     """The 95 % interval of a mean of shares: bootstrap, but exact (Clopper and Pearson 1934) for none or all of n.
 
     Resampling 200 misses gives 200 misses, an interval of no width, although the share may well be 0.01.
+
+    Args:
+        batches: which batch each value is of, where they came in several that stand or fall together: these are then
+            what is resampled (Davison and Hinkley 1997, section 3.8).
     """
     unique = set(values)
     if len(unique) == 1 and unique <= {0.0, 1.0}:
         edge = 0.025 ** (1 / len(values))
         return (0.0, 1 - edge) if unique == {0.0} else (edge, 1.0)
-    return bootstrap_interval(values, seed=seed)
+    if batches is None or len(set(batches)) == 1:
+        return bootstrap_interval(values, seed=seed)
+    _, places = np.unique(batches, return_inverse=True)
+    sums, counts = np.bincount(places, values), np.bincount(places)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def paired_difference(
     ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """Mean of ``ours - theirs`` over the same questions, with its 95 % paired bootstrap interval."""
+    """Mean of ``ours - theirs`` over the same questions, with its 95 % paired interval.
+
+    Bootstrap; where no question tells the two apart, what so many questions can still hide of either sign (as in
+    :func:`mean_interval`), which is for shares.
+    """
     differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    if len(differences) and not differences.any() and {*ours} <= {0.0, 1.0}:
+        edge = 1 - 0.025 ** (1 / len(differences))
+        return 0.0, (-edge, edge)
     return float(differences.mean()), bootstrap_interval(differences.tolist(), seed=seed)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from byheart.base import Base
 from byheart.benchmarks.editing import Case, Probe, crossed
@@ -199,10 +200,12 @@ def _in_batches(
     rows: list[dict[str, Any]] = []
     unedited: list[dict[str, Any]] = []
     rises: list[float] = []
+    of: list[int] = []
     whole = LearnReport()
     skipped: dict[str, str] = {}
     method = method_class(name)(base, settings, out)  # one for all: what depends on no fact is made once
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        of += [number] * len(batch)
         unedited += score_cases(_kept(base, out, show, None), batch, settings.seed, 0, UNEDITED)
         report = _learn(method, batch, out, show)
         skipped |= getattr(method, "skipped", {})
@@ -219,8 +222,8 @@ def _in_batches(
             if before is not None and len(rises) < _PERPLEXITIES:
                 rises.append(perplexity(base, plan.rows) / before - 1)
     rise = {"perplexity_drift": sum(rises) / len(rises) if rises else None, "perplexity_batches": len(rises)}
-    part = {"batches": len(batches)} | rise | summarise(rows, settings.seed) | _written(whole)
-    return part | {"skipped_facts": skipped, "unedited": summarise(unedited, settings.seed)}
+    part = {"batches": len(batches)} | rise | summarise(rows, settings.seed, of) | _written(whole)
+    return part | {"skipped_facts": skipped, "unedited": summarise(unedited, settings.seed, of)}
 
 
 # -- scoring -------------------------------------------------------------------------------------------------
@@ -292,9 +295,13 @@ def _text_metrics(
             yield n, "rs", reference_score(text, cases[n].references)
 
 
-def summarise(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Means over cases with 95 % intervals, among them those of :data:`_TOGETHER`."""
-    metrics, intervals = _means([row["metrics"] for row in rows], seed)
+def summarise(rows: Sequence[dict[str, Any]], seed: int, batches: Sequence[int] | None = None) -> dict[str, Any]:
+    """Means over cases with 95 % intervals, among them those of :data:`_TOGETHER`.
+
+    Args:
+        batches: which batch each case was learnt in, where they were learnt apart.
+    """
+    metrics, intervals = _means([row["metrics"] for row in rows], seed, batches)
     return {"metrics": metrics, "intervals": intervals, "cases": len(rows)}
 
 
@@ -320,20 +327,29 @@ def by_group(cases: Sequence[Case], rows: Sequence[dict[str, Any]], seed: int) -
     return found
 
 
-def _means(rows: Sequence[dict[str, float]], seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
-    metrics, intervals = means(rows, seed)
+def _means(
+    rows: Sequence[dict[str, float]], seed: int, batches: Sequence[int] | None = None
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    metrics, intervals = means(rows, seed, batches)
     for name, parts in _TOGETHER:
-        if whole := [[row[part] for part in parts] for row in rows if set(parts) <= row.keys()]:
-            metrics[name] = harmonic_mean(np.mean(whole, 0).tolist())
-            intervals[name] = _s_interval(whole, seed)
+        there = [n for n, row in enumerate(rows) if set(parts) <= row.keys()]
+        if there:
+            whole = np.array([[rows[n][part] for part in parts] for n in there])
+            metrics[name] = harmonic_mean(whole.mean(0).tolist())
+            if metrics[name] > 0:  # of what never holds, resampling says nothing
+                intervals[name] = _s_interval(whole, seed, [batches[n] for n in there] if batches else there)
     return metrics, intervals
 
 
-def _s_interval(rows: Sequence[Sequence[float]], seed: int) -> list[float]:
-    table = np.array(rows)
+def _s_interval(table: NDArray[np.float64], seed: int, batches: Sequence[int]) -> list[float]:
+    """Of the harmonic mean of the columns' means; whole batches are resampled."""
+    _, places = np.unique(batches, return_inverse=True)
+    sums = np.stack([np.bincount(places, column) for column in table.T], 1)
+    counts = np.bincount(places)
     generator = np.random.default_rng(seed)
-    draws = [table[generator.integers(0, len(table), len(table))].mean(0) for _ in range(RESAMPLES // 10)]
-    return [float(v) for v in np.quantile([harmonic_mean(draw.tolist()) for draw in draws], [0.025, 0.975])]
+    draws = (generator.integers(0, len(sums), len(sums)) for _ in range(RESAMPLES // 10))
+    found = [harmonic_mean((sums[one].sum(0) / counts[one].sum()).tolist()) for one in draws]
+    return [float(v) for v in np.quantile(found, [0.025, 0.975])]
 
 
 def _pairs(rows: dict[str, list[dict[str, Any]]], seed: int) -> list[dict[str, Any]]:

@@ -341,8 +341,6 @@ def _edit_bench(
             raise UsageError(f"--methods {name}: edits nothing; the unedited model is always scored beside the others")
     show = Terminal()
     _say_left_out(show, records)
-    if not records.cases:
-        raise DataError(f"--data {data}: holds no records that can be edited in")
     _check_text(text)
     cases = drawn(records.cases, limit, seed)
     sizes = _sizes(edits)
@@ -402,13 +400,13 @@ def _check_text(text: Path | None) -> None:
 
 def _ordinary_rows(model: Any, text: Path | None, seed: int) -> tuple[tuple[tuple[int, ...], ...], str | None]:
     """Token rows to measure perplexity on, and the half of the text that they are not from."""
-    from byheart.ordinary import ROW, ordinary_text, text_rows
+    from byheart.ordinary import ROW, SLICE, ordinary_text, text_rows
     from byheart.perplexity import TOKENS
 
     if text is None:
         return tuple(map(tuple, text_rows(model, None, TOKENS, seed + 1_000_003))), None
     (whole,) = ordinary_text(str(text), "edit") or [""]
-    ids = model.tokenizer(whole[len(whole) // 2 :])["input_ids"][-TOKENS:]
+    ids = model.tokenizer(whole[len(whole) // 2 :][-SLICE:])["input_ids"][-TOKENS:]
     if len(ids) < 2:  # a token to begin with is none that is predicted
         raise DataError(f"--text {text}: holds too little text to measure perplexity on")
     rows = tuple(tuple(ids[start : start + 2 * ROW]) for start in range(0, len(ids), 2 * ROW))

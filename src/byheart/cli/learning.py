@@ -193,6 +193,7 @@ def _follow(
 ) -> None:
     """Bring what was learnt up to its ledger's last change, and to this day: what is new comes, what is gone goes."""
     from byheart.ledger import Ledger
+    from byheart.methods.edit.weights import ChangedWeights
     from byheart.progress import Terminal
     from byheart.storage import SAVE_EVERY, read_card
 
@@ -209,13 +210,16 @@ def _follow(
             method = _learnt_in(folder, model)
             saved = time.monotonic()
             with Terminal().bar("follow: changes", len(changes)) as tick:
-                for change in changes:
+                # The weights of an edit follow from all facts at once; what is trained follows change by change.
+                at_once = isinstance(method, ChangedWeights)
+                for some in [changes] if at_once and changes else [[change] for change in changes]:
                     had = getattr(method, "skipped", {})
-                    report = method.revise(change)
+                    report = method.revise(*some)
                     seconds += report.seconds
                     notes += _newly_skipped(method, had)
-                    notes += [f"{change.kind} {change.id}: {note}" for note in report.notes]
-                    tick(1)
+                    named = f"{some[0].kind} {some[0].id}: " if len(some) == 1 else ""
+                    notes += [f"{named}{note}" for note in report.notes]
+                    tick(len(some))
                     if time.monotonic() - saved > SAVE_EVERY:
                         method.save_pretrained(folder)
                         method = _learnt_in(folder, model)  # what it had open has moved
@@ -231,7 +235,11 @@ def _follow(
         print(note, file=sys.stderr)
     record = {"changes": len(changes), "due": len(due), "seconds": seconds, "notes": notes, "out": str(folder)}
     dated = f" and the dates of {len(due)} facts" if due else ""
-    emit(record, as_json, f"followed {len(changes)} changes{dated} in {seconds:.1f} s: {folder}")
+    emit(
+        record,
+        as_json,
+        f"followed {len(changes)} change{'s' if len(changes) != 1 else ''}{dated} in {seconds:.1f} s: {folder}",
+    )
 
 
 def _due(ledger: Ledger, day: str, today: str) -> list[str]:
@@ -290,7 +298,10 @@ def _export(
     if rank is not None and to != "peft":
         raise UsageError("--rank: only for --to peft")
     method = _learnt_in(folder, _base_of([folder], base, device, dtype))
-    if isinstance(method, Prefix) and to == "peft" and rank is None:
+    if isinstance(method, Prefix) and (to != "peft" or rank is not None):
+        given = f"--rank {rank}" if rank is not None else f"--to {to}"
+        raise UsageError(f"{given}: a prefix changes no weights; it is exported with --to peft alone, as a Cartridge")
+    if isinstance(method, Prefix):
         record = export_cartridge(method, out)
         emit(record, as_json, f"{out}: written, {record['columns']} columns")
         return
@@ -313,10 +324,13 @@ def _base_of(folders: list[Path], base: str | None, device: str | None, dtype: s
     cards = [read_card(folder / CARD, "method", "base") for folder in folders]
     try:
         name = base or str(cards[0]["base"]["name"])
-        packed = bool(cards[0]["base"].get("packed"))
+        kept = "int8" if cards[0]["base"].get("packed") else cards[0]["base"].get("dtype")
     except (KeyError, TypeError, AttributeError):
         raise DataError(f"{folders[0] / 'byheart.json'}: does not name its base; give --base") from None
-    return load_base(name, device=device, dtype=dtype or ("int8" if packed else None), say=Terminal().say)
+    show = Terminal()
+    if dtype and kept and dtype != kept:
+        show.say(f"learnt in {kept}, opened in {dtype}: figures, and what is learnt from here on, are of both")
+    return load_base(name, device=device, dtype=dtype or kept, say=show.say)
 
 
 def _learnt_in(folder: Path, base: Base) -> Method:

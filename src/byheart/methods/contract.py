@@ -171,8 +171,8 @@ class Method(Protocol):
         """Take in the ledger: index, train or solve; ``progress`` is told how many documents or facts got done."""
         ...
 
-    def revise(self, change: Change) -> LearnReport:
-        """Follow one change of the ledger that was learnt, without learning all of it again."""
+    def revise(self, *changes: Change) -> LearnReport:
+        """Follow changes of the ledger that was learnt, in their order, without learning all of it again."""
         ...
 
     def renew(self) -> LearnReport:

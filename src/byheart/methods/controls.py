@@ -81,7 +81,17 @@ class _Control:
         chosen = choose_examples(ledger, shots, self.settings.seed, self.encoder.splitter) if shots else []
         return PromptFormat(self.base.tokenizer, chosen, chat=self.settings.chat)
 
-    def revise(self, change: Change) -> LearnReport:
+    def revise(self, *changes: Change) -> LearnReport:
+        """Follow changes of the ledger, one after the other."""
+        reports = [self._changed(change) for change in changes]
+        return replace(
+            reports[-1] if reports else LearnReport(),
+            seconds=sum(report.seconds for report in reports),
+            documents=sum(report.documents for report in reports),
+            notes=tuple(note for report in reports for note in report.notes),
+        )
+
+    def _changed(self, change: Change) -> LearnReport:
         """Show no example any more that the change took back; the rest of a prompt is looked up when it is asked."""
         kept = [example for example in self.form.examples if not _taken_back(example, change)]
         if len(kept) < len(self.form.examples):
@@ -140,7 +150,12 @@ class _Control:
             {
                 "byheart": __version__,
                 "method": self.name,
-                "base": {"name": self.base.name, "hash": self.base.hash, "packed": self.base.packed},
+                "base": {
+                    "name": self.base.name,
+                    "hash": self.base.hash,
+                    "packed": self.base.packed,
+                    "dtype": str(self.base.dtype).removeprefix("torch."),
+                },
                 "encoder": None if self.used_encoder is None else self.used_encoder.to_dict(),
                 "settings": self.settings.to_dict(),
                 "examples": examples,
@@ -199,12 +214,12 @@ class Context(_Control):
         self._retriever.prepare()
         return LearnReport(seconds=index.state("seconds", 0.0), bytes=index.bytes, documents=index.documents)
 
-    def revise(self, change: Change) -> LearnReport:
+    def _changed(self, change: Change) -> LearnReport:
         """Replace or remove the changed document's passages in the index."""
         index = self._retriever.index
         seconds = follow(index, self.encoder, self.settings.segment, change)
         self._retriever = Retriever(index, self.encoder, self.settings.retriever, self._retriever.turn)
-        super().revise(change)
+        super()._changed(change)
         return LearnReport(seconds=seconds, bytes=index.bytes, documents=int(change.kind == "document"))
 
     def answer(self, questions: Sequence[Question], progress: Progress = _NOTHING) -> list[Answer]:

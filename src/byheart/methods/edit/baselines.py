@@ -6,7 +6,7 @@ import datetime as dt
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ from byheart.attention import fast_attention
 from byheart.base import Base, digest_of
 from byheart.blocks import Stretch
 from byheart.decode import batches
-from byheart.ledger import Change, Ledger
+from byheart.errors import UsageError
+from byheart.ledger import Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.edit.covariance import moment_rows, second_moments
 from byheart.methods.edit.layers import choose_layers
@@ -31,10 +32,10 @@ from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, Deltas, changed_by, stacked
 from byheart.methods.edit.write import WriteOptions, Writer
 from byheart.methods.facts import choose_facts
-from byheart.ordinary import ordinary_text, text_rows_of, text_tensor
+from byheart.ordinary import check_text, ordinary_text, text_rows_of, text_tensor
 from byheart.padding import right_padded
 from byheart.rows import Fact
-from byheart.storage import SAVE_EVERY, fingerprint, replacing
+from byheart.storage import CARD, SAVE_EVERY, fingerprint, replacing
 from byheart.surgery import add_to, matrix, out_first
 
 _NOTHING: Progress = lambda count: None  # noqa: E731
@@ -52,17 +53,8 @@ class Baseline(ChangedWeights):
         super().learn(ledger)
         return self._learn(list(ledger.facts()), progress)
 
-    def revise(self, change: Change) -> LearnReport:
-        """Learn all facts again, with the change."""
-        report = LearnReport()
-        if change.kind == "fact":
-            report = self._learn(self._after(change), _NOTHING)
-        super().revise(change)
-        return report
-
-    def renew(self) -> LearnReport:
-        """Learn all facts that hold this day again."""
-        return self._learn(self.holding, _NOTHING)
+    def _hold(self, facts: Sequence[Fact], changed: Collection[str]) -> LearnReport:
+        return self._learn(facts, _NOTHING)
 
     def _learn(self, facts: Sequence[Fact], progress: Progress) -> LearnReport:
         began = time.perf_counter()
@@ -113,6 +105,8 @@ class FineTuned(Baseline):
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
         self.options = parse_options(self.options_class, self.name, settings.options)
+        if self.options.decay >= 1:
+            raise UsageError(f"--set {self.name}.decay={self.options.decay}: must be below 1")
         self.layer = choose_layers(base, self.options.layers, self.name)[-1]
         self.layers = (self.layer,)
 
@@ -199,6 +193,8 @@ class Rome(Baseline):
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
         self.options = parse_options(RomeOptions, self.name, settings.options)
+        if not (work / CARD).is_file():  # what was learnt has its text with it
+            check_text(self.options.text, self.name)
         layers = choose_layers(base, self.options.layers, self.name)
         self.layer = layers[len(layers) // 2]
         self.layers = (self.layer,)

@@ -24,6 +24,7 @@ from byheart.methods.edit.common_facts import common_facts
 from byheart.methods.edit.prompts import Prepared, prompt_text, target_text
 from byheart.methods.edit.weights import Deltas
 from byheart.padding import right_padded
+from byheart.storage import CARD
 from byheart.surgery import observed
 
 _AT_ONCE = 16
@@ -68,9 +69,12 @@ class Mend(Baseline):
         super().__init__(base, settings, work)
         self.options = parse_options(MendOptions, self.name, settings.options)
         depth = len(base.parts.blocks)
-        self.layers = range(max(0, depth - max(1, self.options.blocks)), depth)
-        if self.options.batch < 1:
-            raise UsageError(f"--set mend.batch={self.options.batch}: must be at least 1")
+        self.layers = range(max(0, depth - self.options.blocks), depth)
+        for name in ("blocks", "batch"):
+            if getattr(self.options, name) < 1:
+                raise UsageError(f"--set mend.{name}={getattr(self.options, name)}: must be at least 1")
+        if self.options.train and not (work / CARD).is_file():
+            _check_train(Path(self.options.train))
         self._editor: _Editor | None = None
 
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
@@ -96,9 +100,10 @@ class Mend(Baseline):
         options, base = self.options, self.base
         rows = _zsre_rows(Path(options.train)) if options.train else _common_rows(self.settings.seed)
         draw = random.Random(self.settings.seed)
-        torch.manual_seed(self.settings.seed)
         sample = _gradients(self._read([edit for edit, _, _ in rows[: 4 * _AT_ONCE]]), self.layers, base)
-        editor = _Editor(self.layers, sample, options.rank).to(base.device)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.settings.seed)
+            editor = _Editor(self.layers, sample, options.rank).to(base.device)
         adam = torch.optim.Adam(editor.parameters(), lr=options.lr)
         for _ in range(options.steps):
             some = draw.sample(rows, min(options.batch, len(rows)))
@@ -220,9 +225,13 @@ class _Editor(nn.Module):
         return found
 
 
-def _zsre_rows(path: Path) -> list[tuple[_Text, _Text, _Text]]:
+def _check_train(path: Path) -> None:
     if not path.is_file():
         raise DataError(f"--set mend.train={path}: no such file")
+
+
+def _zsre_rows(path: Path) -> list[tuple[_Text, _Text, _Text]]:
+    _check_train(path)
     found = []
     for number, row in read_objects(path, ("src", "alt", "rephrase", "loc")):
         texts = [row["src"], row["alt"], row["rephrase"], row["loc"]]

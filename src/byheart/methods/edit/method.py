@@ -19,7 +19,7 @@ from torch import Tensor
 from byheart.attention import fast_attention
 from byheart.base import Base, digest_of
 from byheart.errors import DataError, UsageError
-from byheart.ledger import Change, Ledger
+from byheart.ledger import Ledger
 from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
 from byheart.methods.edit import guard
 from byheart.methods.edit.covariance import moment_rows, second_moments
@@ -27,11 +27,12 @@ from byheart.methods.edit.layers import choose_layers
 from byheart.methods.edit.others import about_others, names_in
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
 from byheart.methods.edit.settle import VERSION, SettleOptions, settle, text_pieces
-from byheart.methods.edit.targets import SHARED_VERSION, TargetOptions, find_targets
+from byheart.methods.edit.targets import VERSION as TARGETS_VERSION
+from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, changed_by, stacked
 from byheart.methods.edit.write import Reader, WriteOptions, Writer, Written
 from byheart.methods.facts import choose_facts
-from byheart.ordinary import ordinary_text, text_rows_of, text_tensor
+from byheart.ordinary import check_text, ordinary_text, text_rows_of, text_tensor
 from byheart.progress import scaled
 from byheart.rows import Fact
 from byheart.storage import CARD, fingerprint, replacing
@@ -53,12 +54,9 @@ _ONLY: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
     "max_neighbours": (_GATED,),
     **{name: (_SETTLED,) for name in SettleOptions.__dataclass_fields__ if name != "settle"},
 }
-# Options that folders from before may name.
-_GONE = ("rounds", "settle_temperature")
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
 _STEP = 32
-# Rows of ordinary text that are kept with an edit, and names, out of so many rows, so that a later fact can be written
-# and settled beside them.
+# Rows of ordinary text that facts are settled beside; and names, out of so many rows.
 _TEXT, _NAMES, _NAMED = 120, 4000, 4000
 # What is not said once all facts have settled does so again, so often at most.
 _AGAIN = 4
@@ -130,6 +128,7 @@ class Edit(ChangedWeights):
             raise UsageError(f"--set edit.energy={self.options.energy}: must be below 1")
         if not (work / CARD).is_file():  # what was learnt is opened, whatever it was learnt with
             self._check_options(settings)
+            check_text(self.options.text, self.name)
         self.layers = choose_layers(base, self.options.layers)
         self.z = torch.zeros(0, base.parts.d_model)
         # By fact and layer, what settling added to the residuals that the targets give.
@@ -170,8 +169,11 @@ class Edit(ChangedWeights):
 
     def _begin(self, ledger: Ledger) -> None:
         """The text of the second moment, and the texts that prompts stand behind."""
-        texts = ordinary_text(self.options.text, self.name, (document.text for document in ledger.documents()))
-        self._take(moment_rows(self.base, texts, self.options.tokens, self.settings.seed))
+        if not self.rows or self.options.text == "ledger":  # any other text is the same for every ledger
+            texts = ordinary_text(self.options.text, self.name, (document.text for document in ledger.documents()))
+            self._take(moment_rows(self.base, texts, self.options.tokens, self.settings.seed))
+            if self.options.settle or self._beside:
+                self.names = names_in(map(self.base.tokenizer.decode, self.rows[:_NAMED]), _NAMES, self.settings.seed)
         self.prefixes = self.prefixes or make_prefixes(self.base, self.options.prefixes, self.settings.seed)
 
     def _take(self, rows: list[list[int]]) -> None:
@@ -183,8 +185,6 @@ class Edit(ChangedWeights):
         super().learn(ledger)
         began = time.perf_counter()
         self._begin(ledger)
-        if self.options.settle or self._beside:
-            self.names = names_in(map(self.base.tokenizer.decode, self.rows[:_NAMED]), _NAMES, self.settings.seed)
         self.holding, self.facts, self.keys, self.deltas = [], [], {}, {}
         self.skipped, self._earlier = {}, {}
         self.z, self.shifts = self.z[:0], self.shifts[:0]
@@ -196,23 +196,14 @@ class Edit(ChangedWeights):
         progress(len(self.skipped))
         return self._report(time.perf_counter() - began, tuple(dict.fromkeys(notes)))
 
-    def revise(self, change: Change) -> LearnReport:
-        """Follow one change of a fact: all are solved for again, with targets sought for what is new.
+    def _hold(self, facts: Sequence[Fact], changed: Collection[str]) -> LearnReport:
+        """All are solved for again, with targets sought for what is new.
 
         Old ones that no longer hold beside it are settled with it.
         """
-        began, report = time.perf_counter(), LearnReport()
-        if change.kind == "fact":
-            self.skipped = {id: why for id, why in self.skipped.items() if id != change.id}
-            notes = self._follow(self._after(change))
-            report = self._report(time.perf_counter() - began, notes)
-        super().revise(change)
-        return report
-
-    def renew(self) -> LearnReport:
-        """Write the facts that hold this day, and no others."""
         began = time.perf_counter()
-        notes = self._follow(self.holding)
+        self.skipped = {id: why for id, why in self.skipped.items() if id not in changed}
+        notes = self._follow(facts)
         return self._report(time.perf_counter() - began, notes)
 
     def undo(self, ids: Sequence[str]) -> LearnReport:
@@ -252,7 +243,7 @@ class Edit(ChangedWeights):
                 known = dict(takewhile(lambda item: item[0] in marks, known.items()))
             new = {mark: one for mark, one in zip(marks, prepared, strict=True) if mark not in known}
             progress = scaled(progress, 1 + self.options.settle, 1)
-            anew = self.options.sequence == "accumulate" and bool(self.facts) and bool(new) and not added
+            anew = self.options.sequence == "accumulate" and bool(self.facts) and bool(marks) and not added
             if added:
                 self._accumulate(list(new.values()), progress)
             else:
@@ -261,7 +252,7 @@ class Edit(ChangedWeights):
                 self.z = torch.stack([known[mark][0] for mark in marks]) if marks else self.z[:0]
                 shifts = torch.stack([known[mark][1] for mark in marks]) if marks else self.shifts[:0]
                 places = {n for n, mark in enumerate(marks) if mark in new}
-                self.shifts, written = self._settled(prepared, self.z, shifts, places, progress)
+                self.shifts, written = self._settled(prepared, self.z, shifts, places, progress, check=anew)
                 self.deltas, self.keys = written.deltas, written.keys
                 self.facts = [one.fact for one in prepared]
             there = {fact.id for fact in holding}
@@ -292,22 +283,27 @@ class Edit(ChangedWeights):
 
     def _settled(
         self, prepared: Sequence[Prepared], z: Tensor, shifts: Tensor, new: set[int], progress: Progress,
-        past: dict[int, Tensor] | None = None,
+        past: dict[int, Tensor] | None = None, *, check: bool = False,
     ) -> tuple[Tensor, Written]:  # fmt: skip
         """What each fact is to add beyond what its target says, and what is written with it.
 
         New facts are settled beside all others, and with them those of the others that no longer hold, and whatever
         shares a change with these, several times with other draws, of which the mean is taken; then again what does not
         hold by then, as long as that is not the same as before. What leaves the fewest is kept.
+
+        Args:
+            check: see to those that no longer hold where none is new, too.
         """
         if not prepared:
             return shifts, Written()
         written = self._write(prepared, z, shifts, past)
-        if not new or not self.options.settle:
+        if not self.options.settle or not (new or check):
             return shifts, written
         facts = [one.fact for one in prepared]
         groups = self._groups(facts)
         fresh, lost = new, self._lost(facts, written, new)
+        if not fresh and not lost:
+            return shifts, written
         best: tuple[set[int], Tensor, Written] | None = None
         for _ in range(1 + _AGAIN):
             chosen = {groups[n] for n in fresh | lost}
@@ -360,7 +356,7 @@ class Edit(ChangedWeights):
         groups = self._groups(facts)
         for fact, group in zip(facts, groups, strict=True):
             members.setdefault(group, []).append(fact.model_dump_json())
-        whole = {g: sorted(texts) + [str(SHARED_VERSION)] * (len(texts) > 1) for g, texts in members.items()}
+        whole = {group: sorted(texts) for group, texts in members.items()}
         return [fingerprint(fact.model_dump_json(), whole[g]) for fact, g in zip(facts, groups, strict=True)]
 
     def _guarded(self, before: dict[str, Any], new: Sequence[Fact]) -> tuple[str, ...]:
@@ -406,7 +402,8 @@ class Edit(ChangedWeights):
         marks = self._marks([one.fact for one in prepared])
         sought = {name: getattr(self.options, name) for name in TargetOptions.__dataclass_fields__}
         made_with = [
-            self.base.hash, str(self.base.dtype), sought, self.layers[-1], self.prefixes, self.options.paraphrases
+            TARGETS_VERSION, self.base.hash, str(self.base.dtype), sought, self.layers[-1], self.prefixes,
+            self.options.paraphrases,
         ]  # fmt: skip
         store = self.work / "edit" / f"{fingerprint(*made_with, *standing)}.safetensors"
         known = _read_tensors(store)
@@ -490,17 +487,14 @@ class Edit(ChangedWeights):
         } | super()._record()
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        # What it was made with, not what is usual today: once targets were sought in rounds, no object had an end,
-        # a shared change counted once, and nothing about others stood in the solve.
-        made_with = {"settle": 0, "settle_end": 0.0, "counted": False, "others": 0.0} | record["options"]
-        self.options = EditOptions(**{name: value for name, value in made_with.items() if name not in _GONE})
+        self.options = EditOptions(**record["options"])  # what it was made with, not what is usual today
         self.layers = tuple(record["range"])
         self.prefixes = tuple(record["prefixes"])
         super()._load(record, tensors)
         self._take(text_rows_of(tensors["text"]))
         self.z = tensors["z"]
-        self.shifts = tensors.get("shifts", self._unshifted(len(self.z)))
-        self.names = record.get("names", [])
+        self.shifts = tensors["shifts"]
+        self.names = record["names"]
         self.keys = {layer: tensors[f"keys.{layer}"] for layer in record["layers"]}
 
 

@@ -27,8 +27,8 @@ BATCH_TOKENS = {"cpu": 512, "cuda": 8_192}
 _PADDED = 4
 # Facts that share a target have the sum of their steps, up to so many of them: each step grows with them, too.
 _SHARING = 10
-# Counts up with how targets that facts share are sought: finished work of before is not taken for this.
-SHARED_VERSION = 2
+# Counts up with how targets are sought: finished work of before is not taken for this.
+VERSION = 3
 Stop = Literal["fit", "loss", "argmax"]
 
 

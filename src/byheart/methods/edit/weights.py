@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +16,7 @@ from torch import Tensor
 from byheart.base import Base, digest_of
 from byheart.errors import DataError, first_line
 from byheart.ledger import Change
-from byheart.methods.contract import Settings
+from byheart.methods.contract import LearnReport, Settings
 from byheart.methods.controls import Closed
 from byheart.rows import Fact, Kind
 from byheart.storage import fingerprint, read_json, write_json
@@ -66,10 +68,25 @@ class ChangedWeights(Closed):
         """Everything to keep besides the deltas."""
         return {}
 
-    def _after(self, change: Change) -> list[Fact]:
-        """The facts that hold after a change of one."""
-        kept = [fact for fact in self.holding if fact.id != change.id]
-        return [*kept, change.after] if isinstance(change.after, Fact) else kept
+    def revise(self, *changes: Change) -> LearnReport:
+        """Follow changes of the ledger, all at once: weights follow from the facts that hold in the end."""
+        holding = list(self.holding)
+        for change in changes:
+            if change.kind == "fact":
+                holding = [fact for fact in holding if fact.id != change.id]
+                holding += [change.after] if isinstance(change.after, Fact) else []
+        changed = {change.id for change in changes if change.kind == "fact"}
+        report = self._hold(holding, changed) if changed else LearnReport()
+        super().revise(*changes)
+        return report
+
+    def renew(self) -> LearnReport:
+        """Write the facts that hold this day, and no others."""
+        return self._hold(self.holding, set())
+
+    @abstractmethod
+    def _hold(self, facts: Sequence[Fact], changed: Collection[str]) -> LearnReport:
+        """Write these facts, where others were; ``changed`` are the ids of those that came, went or are another now."""
 
     def _record(self) -> dict[str, Any]:
         """Everything to keep that is no tensor."""
@@ -123,7 +140,7 @@ def stacked(one: Deltas, other: Deltas) -> Deltas:
     for layer in sorted(one.keys() | other.keys()):
         parts = [delta for delta in (one.get(layer), other.get(layer)) if delta is not None]
         rank = sum(right.shape[0] for _, right in parts)
-        if any(left is None for left, _ in parts) or rank >= len(product(parts[0])):
+        if any(left is None or rank >= len(left) for left, _ in parts):
             found[layer] = None, torch.stack([product(delta) for delta in parts]).sum(0)
         else:
             found[layer] = (

@@ -70,7 +70,8 @@ _ORDINARY = 10
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What ``--set memory.NAME=VALUE`` takes; the defaults are those of FIELD's first seed.
+    """What ``--set memory.NAME=VALUE`` takes; the defaults are those of "Does adaptation of neural memory help factual
+    prediction?" (2024).
 
     Attributes:
         blocks: a share of the depth as ``FROM-TO%``, ``FIRST-LAST``, several numbers with ``+`` between them, or
@@ -86,7 +87,7 @@ class MemoryOptions:
         batch: sequences a step.
         lr, warmup, decay, clip: see :class:`byheart.training.Recipe`.
         keep: weight of KL(base || memory) on a row of ordinary text each step: what holds the rest of the model still.
-            0 trains as the seed does, and lets perplexity on other text rise as it will.
+            0 is the published way, and lets perplexity on other text rise as it will.
         text: that ordinary text: ``own`` (the model writes it) or a file.
         packings: in how many ways questions are put together to sequences, in turn; each is kept on disk.
         revise_epochs: after a change, how often the changed rows are seen, each beside as many others.
@@ -167,10 +168,10 @@ class Memory(Closed):
         trained, notes = self.train(pieces, progress, rows)
         return self._report(studied + trained.seconds, documents, notes)
 
-    def revise(self, change: Change) -> LearnReport:
+    def _changed(self, change: Change) -> LearnReport:
         """Go on from what is learnt (:meth:`_revised`), then in the ledger's history: all of it or nothing."""
         report = self._revised(change)
-        super().revise(change)
+        super()._changed(change)
         return report
 
     def renew(self) -> LearnReport:

@@ -12,9 +12,9 @@ from transformers.cache_utils import Cache
 from byheart.attention import fast_attention
 from byheart.base import Base
 from byheart.blocks import Frozen
-from byheart.decode import slides
 from byheart.kv import KV, length
 from byheart.padding import right_padded
+from byheart.parts import slides
 
 # By layer, keys and values (rows, kv_heads, columns, head_dim).
 Columns = list[tuple[Tensor, Tensor]]

@@ -16,7 +16,7 @@ from torch import nn
 from byheart import __version__, kv
 from byheart.attention import replaceable
 from byheart.base import Base, digest_of
-from byheart.decode import slides, token_ids
+from byheart.decode import token_ids
 from byheart.errors import DataError, UsageError
 from byheart.kv import KV
 from byheart.ledger import Ledger
@@ -49,6 +49,7 @@ from byheart.methods.prefix.tuning import (
     tune,
 )
 from byheart.methods.study import ask_itself
+from byheart.parts import slides
 from byheart.progress import scaled
 from byheart.prompt import FORM_EXAMPLES, Example, PromptFormat
 from byheart.retrieve import embedded, searchable

@@ -134,13 +134,13 @@ class Prefix(Learnt):
             notes = (*notes, f"{kept / max(len(index), 1) / 1e6:.2f} MB a passage on disk")
         return replace(report, seconds=seconds, bytes=stored, notes=notes)
 
-    def revise(self, change: Change) -> LearnReport:
+    def _changed(self, change: Change) -> LearnReport:
         """Follow the changed document in the index, and with ``store=disk`` in what is kept.
 
         Where an example goes that all passages are read behind, all are read again. What was trained stays as it is.
         """
         form, gone = self.form, {self.cache.path(one) for one in self._of_document(change)}
-        report = super().revise(change)
+        report = super()._changed(change)
         self._follow_instances(change)
         if self._learns:
             report = replace(report, notes=(*report.notes, "what was learnt stays; learn again for it to follow"))
