@@ -1166,6 +1166,10 @@ def test_a_short_text_is_filled_up_to_ten_times_the_width_and_no_further(base, m
     width, written = base.parts.d_ff, []
     monkeypatch.setattr(ordinary, "_written", lambda base, count, seed: written.append(count) or [])
     most, least = token_counts(base, 0)
+    monkeypatch.setattr(ordinary, "SLICE", 1_000)
+    lines = "".join(f"stone {n} of the pier\n" for n in range(500))
+    read = [token for row in ordinary.text_rows(base, [lines], 10**6, 0, 0) for token in row]
+    assert read == base.tokenizer(lines)["input_ids"]  # in slices, each to the end of its line
     for words in (5, 30 * width, 900 * width):
         texts, written[:] = ["stone " * words], []
         taken = sum(map(len, ordinary.text_rows(base, texts, most, 0, least)))

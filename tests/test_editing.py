@@ -9,7 +9,7 @@ from itertools import chain
 import pytest
 
 from byheart.base import make_base
-from byheart.benchmarks.edit_run import Plan, _means, run_editing, score_cases
+from byheart.benchmarks.edit_run import Plan, _means, run_editing, score_cases, summarise
 from byheart.benchmarks.editing import Case, Crossing, Probe, counterfact, crossed, question_cases, same_subject, zsre
 from byheart.benchmarks.kept import Kept
 from byheart.cli.benchmarks import _ordinary_rows
@@ -257,6 +257,11 @@ def test_what_is_scored_is_the_model_with_its_facts_written(tokenizer, tmp_path,
     options |= {"settle": "0", "kl": "0", "weight_decay": "0"}
     settings = Settings(shots=0, options={f"edit.{name}": value for name, value in options.items()})
     rows = tuple(tuple(row) for row in text_rows(base, None, 256, 5))
+    of, plainly = [], summarise
+    monkeypatch.setattr(
+        "byheart.benchmarks.edit_run.summarise",
+        lambda *given: of.append(dict(enumerate(given)).get(2)) or plainly(*given),
+    )
     run = run_editing(
         "CounterFact", base, cases, ["edit"], tmp_path / "run", settings, Plan((1,), (("set", [cases]),), 1, rows)
     )
@@ -295,6 +300,7 @@ def test_what_is_scored_is_the_model_with_its_facts_written(tokenizer, tmp_path,
         same(one["unedited"], [row for some in of_cases for row in unedited(some, 0)])
         assert (one["unedited"]["metrics"]["es"], one["metrics"]["es"]) == (0, 1)
         assert (one["facts"], one["skipped"]) == (2, {}) and one["write_seconds"] > 0
+    assert of == [None, None, [0, 1], [0, 1], [0, 0], [0, 0]]  # whom intervals resample: whole batches
     assert point["perplexity_drift"] == pytest.approx(sum(value / before - 1 for _, value in alone) / 2)
     assert part["perplexity_drift"] == pytest.approx(after / before - 1, rel=1e-2)
 
@@ -389,6 +395,11 @@ def test_a_text_that_nothing_can_be_measured_on_is_refused(tiny, tmp_path):
 def test_s_is_that_of_cases_that_have_all_its_parts():
     half, other = {"es": 1.0, "ps": 1.0}, {"es": 1.0, "ns": 0.5}
     assert "s" not in _means([half, other], 0)[0]
+    never = _means([{"es": 0.0, "ps": 1.0, "ns": 1.0}] * 9, 0)
+    assert never[0]["s"] == 0 and "s" not in never[1]  # resampling would say that it never can be
+    # Two batches that stand or fall together: their S is one or nothing, wherever it stands in between.
+    whole = [dict.fromkeys(("es", "ps", "ns"), float(n < 9)) for n in range(18)]
+    assert _means(whole, 0, [n // 9 for n in range(18)])[1]["s"] == [0, 1] != _means(whole, 0)[1]["s"]
     metrics, intervals = _means([half, half | other], 0)
     assert metrics["s"] == pytest.approx(0.75) and intervals["s"] == [0.75, 0.75]
 
