@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -17,6 +16,7 @@ from common import ROOT, peak_memory
 from torch import Tensor
 
 from byheart.base import Base, load_base
+from byheart.benchmarks.editing import counterfact
 from byheart.decode import Job, complete
 from byheart.formats import read_json_lines
 from byheart.ledger import Ledger
@@ -41,19 +41,7 @@ def facts(count: int) -> list[Fact]:
     folder = os.environ.get("BYHEART_DATA") or ROOT.parent / "shared" / "data"
     path = (ROOT / folder) / "counterfact" / "counterfact_reduced.jsonl"
     if path.exists():
-        rows = [
-            json.loads(line)["requested_rewrite"] for line in path.read_text(encoding="utf-8").splitlines()[-count:]
-        ]
-        return [
-            Fact(
-                id=str(n),
-                subject=r["subject"],
-                prompt=r["prompt"],
-                object=r["target_new"]["str"],
-                former_object=r["target_true"]["str"],
-            )
-            for n, r in enumerate(rows)
-        ]
+        return [case.fact for case in counterfact(path).cases[-count:]]
     example = [row for _, row in read_json_lines(ROOT / "examples" / "world" / "facts.jsonl") if isinstance(row, dict)]
     return [Fact(**{k: v for k, v in row.items() if k != "type"}) for row in example][:count]
 

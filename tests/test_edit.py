@@ -23,7 +23,8 @@ from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.losses import drift
 from byheart.methods import Settings, method_class
-from byheart.methods.edit import baselines, causal, guard, mend, solve, targets
+from byheart.methods.edit import causal, guard, mend, solve, targets
+from byheart.methods.edit import rome as rome_module
 from byheart.methods.edit import settle as settle_module
 from byheart.methods.edit import sweep as sweep_module
 from byheart.methods.edit.causal import LAST_SUBJECT, PARTS, average_effects, best_range, known_facts, trace
@@ -1075,13 +1076,13 @@ def learn_of(method, folder, facts=FACTS):
 
 
 def test_rome_gives_the_lookup_token_its_target(base, tmp_path, monkeypatch):
-    search, sought = baselines.find_targets, []
+    search, sought = rome_module.find_targets, []
 
     def found(base, some, layer, options):
         sought.append(search(base, some, layer, options))
         return sought[-1]
 
-    monkeypatch.setattr(baselines, "find_targets", found)
+    monkeypatch.setattr(rome_module, "find_targets", found)
     method = baseline("rome", base, tmp_path, layers="1", tokens=1)
     method.prefixes = 0  # behind prefixes keys differ, and their mean is met
     learn_of(method, tmp_path, FACTS[:1])
@@ -1416,8 +1417,8 @@ def test_a_trace_goes_on_after_a_kill_and_is_kept(base, tmp_path, monkeypatch):
 
 
 def test_rome_goes_on_after_a_kill(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "SAVE_EVERY", 0.0)
-    search, sought, limit = baselines.find_targets, [], [2]
+    monkeypatch.setattr(rome_module, "SAVE_EVERY", 0.0)
+    search, sought, limit = rome_module.find_targets, [], [2]
 
     def counted(base, some, *given):
         if len(sought) == limit[0]:
@@ -1435,7 +1436,7 @@ def test_rome_goes_on_after_a_kill(base, tmp_path, monkeypatch):
         return method
 
     whole = rome("whole")
-    monkeypatch.setattr(baselines, "find_targets", counted)
+    monkeypatch.setattr(rome_module, "find_targets", counted)
     with pytest.raises(KeyboardInterrupt):
         rome("killed")
     limit[0] = 99

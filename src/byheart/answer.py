@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from byheart.methods import Answer, Method
+from byheart.progress import Progress, untold
 from byheart.rows import Question
 from byheart.segment import Passage
 from byheart.storage import write_text
@@ -23,7 +24,7 @@ def answer_all(
     path: Path,
     mark: str,
     *,
-    on_done: Callable[[int], None] = lambda count: None,
+    on_done: Progress = untold,
 ) -> list[Answer]:
     """All questions through an attached method; answers go to ``path`` step by step.
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import math
-import platform
-import random
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-
-from byheart import __version__
 from byheart.answer import answer_all
 from byheart.base import Base
 from byheart.decode import speaker
@@ -27,8 +19,9 @@ from byheart.judges import Judge
 from byheart.ledger import Ledger
 from byheart.methods import Answer, LearnReport, Method, Settings, method_class
 from byheart.progress import Silent
+from byheart.record import encoder_record, made_with, run_record
 from byheart.retrieve import searchable
-from byheart.rows import Question, Split
+from byheart.rows import Question, Split, drawn
 from byheart.score import (
     abstained,
     contains,
@@ -37,7 +30,7 @@ from byheart.score import (
     f1_intervals,
     first_hit,
     mcnemar,
-    mean_interval,
+    means,
     paired_difference,
     recall_share,
     reciprocal_rank,
@@ -50,7 +43,6 @@ RECALL_AT = (1, 5, 10)
 # What is compared between methods, where both have it.
 PAIRED = ("em", "f1", "contains", "bertscore", "bleurt", "accuracy", "answer_probability", "hallucination")
 _LABEL_RESAMPLES = 1_000
-RowT = TypeVar("RowT")
 Metrics = dict[str, float]  # one answer's metrics
 
 
@@ -122,13 +114,6 @@ def compare(
     return run
 
 
-def made_with(method: Method) -> dict[str, Any]:
-    """A method's options with the defaults of this version, which settings do not hold, and the layers it chose."""
-    options: Any = getattr(method, "options", None)
-    known = is_dataclass(options) and not isinstance(options, type)
-    return {"options": asdict(options) if known else {}, "layers": list(getattr(method, "layers", []))}
-
-
 def _made(
     names: Sequence[str], base: Base, settings: Settings, out: Path, run: dict[str, Any], show: Silent
 ) -> dict[str, Method]:
@@ -162,13 +147,6 @@ def choose_questions(ledger: Ledger, splits: Sequence[Split], limit: int | None,
     if not found:
         raise DataError(f"{ledger.path}: no questions of split {' or '.join(splits)} to ask")
     return drawn(found, limit, seed)
-
-
-def drawn(rows: list[RowT], limit: int | None, seed: int) -> list[RowT]:
-    """``limit`` of the rows, drawn by the seed, in their order; all of them where there is no limit."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[n] for n in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
 # -- scoring -------------------------------------------------------------------------------------------------
@@ -281,25 +259,6 @@ def pairs(rows: Mapping[str, Sequence[Metrics]], seed: int) -> list[dict[str, An
     return found
 
 
-def means(
-    rows: Sequence[Metrics], seed: int, batches: Sequence[int] | None = None
-) -> tuple[Metrics, dict[str, list[float]]]:
-    """The mean of each metric over the rows that have it, and its 95 % interval.
-
-    Args:
-        batches: see :func:`byheart.score.mean_interval`.
-    """
-    found: Metrics = {}
-    intervals: dict[str, list[float]] = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        places = [n for n, row in enumerate(rows) if name in row]
-        values = [rows[n][name] for n in places]
-        found[name] = _mean(values)
-        of = None if batches is None else [batches[n] for n in places]
-        intervals[name] = list(mean_interval(values, seed=seed, batches=of))
-    return found, intervals
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
@@ -321,38 +280,6 @@ def write_answers(
     write_text(path, "".join(lines))
 
 
-def encoder_record(method: Any) -> dict[str, Any]:
-    """The card of the encoder that a method cuts documents and finds passages with; empty where it used none."""
-    card = getattr(method, "used_encoder", None)
-    return {} if card is None else dict(card.to_dict())
-
-
-def run_record(base: Base, settings: Settings, origin: dict[str, Any] | None) -> dict[str, Any]:
-    """What every ``run.json`` says of how it was made."""
-    return {
-        "byheart": __version__,
-        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": ["byheart", *(a.encode("utf-8", "replace").decode() for a in sys.argv[1:])],
-        "origin": origin or {},
-        "base": base_record(base),
-        "settings": settings.to_dict(),
-        "machine": machine(),
-    }
-
-
-def base_record(base: Base) -> dict[str, Any]:
-    """What tells a model from another, for the record."""
-    return {
-        "name": base.name,
-        "hash": base.hash,
-        "kind": base.kind,
-        "type": base.model.config.model_type,
-        "parameters": sum(p.numel() for p in base.model.parameters()),
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "device": str(base.device),
-    }
-
-
 def _ledger_record(ledger: Ledger) -> dict[str, Any]:
     return {
         "name": ledger.path.name,
@@ -370,26 +297,3 @@ def _question_record(ledger: Ledger, questions: Sequence[Question], splits: Sequ
         "splits": list(splits),
         "kinds": dict(Counter(q.kind for q in questions)),
     }
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were made on: processor, threads, memory, versions."""
-    packages = ("torch", "transformers", "tokenizers", "numpy", "bm25s")
-    return {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -19,6 +19,7 @@ from byheart.errors import DataError
 from byheart.kv import KV, length
 from byheart.padding import right_padded
 from byheart.parts import slides
+from byheart.progress import Progress, untold
 from byheart.surgery import exact
 
 # Two sizes, since they pull apart: reading is bound by arithmetic and is fastest while a layer's activations stay in
@@ -154,7 +155,7 @@ def complete(
     max_new_tokens: int = 24,
     sampling: Sampling | None = None,
     whole: bool = False,
-    on_done: Callable[[int], None] = lambda count: None,
+    on_done: Progress = untold,
 ) -> list[Completion]:
     """Continue and score many prompts, in their order.
 

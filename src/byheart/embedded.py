@@ -128,7 +128,7 @@ def _download(model: Embedded, into: Path) -> Path:
 def _convert_smollm2(unpacked: Path, made: Path) -> None:
     import torch
 
-    from byheart.base import load_gguf, quiet_transformers
+    from byheart.loading import load_gguf, quiet_transformers
 
     model, tokenizer = load_gguf(next(unpacked.rglob("*.gguf")), torch.bfloat16)
     with quiet_transformers():

@@ -17,8 +17,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from byheart import embedded
-from byheart.base import choose_device, choose_dtype, for_device, model_files, model_folder, quiet_transformers
+from byheart.base import choose_device, choose_dtype, for_device, model_files, model_folder
 from byheart.errors import DataError, first_line
+from byheart.loading import quiet_transformers
+from byheart.progress import Progress, untold
 from byheart.storage import read_json, sha256
 
 BATCH_TOKENS = {"cpu": 2_048, "cuda": 65_536}
@@ -70,7 +72,7 @@ class Encoder:
         texts: Sequence[str],
         *,
         max_tokens: int | None = None,
-        on_done: Callable[[int], None] = lambda count: None,
+        on_done: Progress = untold,
     ) -> NDArray[np.float32]:
         """Vectors (len(texts), dim) in float32; a text over ``max_tokens`` (the card's by default) is cut there."""
         limit = min(max_tokens or self.card.max_tokens, self.card.limit)

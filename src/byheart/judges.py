@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from byheart.base import choose_device, model_folder, quiet_transformers
+from byheart.base import choose_device, model_folder
 from byheart.encoder import Encoder
 from byheart.errors import DataError, first_line
+from byheart.loading import quiet_transformers
 
 _TEXTS = 128
 

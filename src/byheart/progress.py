@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-Tick = Callable[[int], None]
+# Told how much more has got done.
+Progress = Callable[[int], None]
+untold: Progress = lambda count: None  # noqa: E731
 
 
-def scaled(tick: Tick, of: int, to: int) -> Tick:
+def scaled(tick: Progress, of: int, to: int) -> Progress:
     """A tick that passes on ``to`` steps for every ``of`` steps that it is told of, in whole steps."""
     told = 0
 
@@ -28,9 +30,9 @@ class Silent:
         """One line for the person."""
 
     @contextmanager
-    def bar(self, label: str, total: int | None) -> Iterator[Tick]:
+    def bar(self, label: str, total: int | None) -> Iterator[Progress]:
         """A bar over ``total`` steps; the block gets a function that counts steps."""
-        yield lambda count: None
+        yield untold
 
 
 class Terminal(Silent):
@@ -41,10 +43,10 @@ class Terminal(Silent):
         print(line, file=sys.stderr, flush=True)
 
     @contextmanager
-    def bar(self, label: str, total: int | None) -> Iterator[Tick]:
+    def bar(self, label: str, total: int | None) -> Iterator[Progress]:
         """A rich bar on a terminal, elsewhere the label once; nothing where no step is ever counted."""
         with ExitStack() as stack:
-            advance: Tick | None = None
+            advance: Progress | None = None
 
             def tick(count: int) -> None:
                 nonlocal advance
@@ -57,13 +59,13 @@ class Terminal(Silent):
 
             yield tick
 
-    def _line(self, label: str, total: int | None) -> Tick:
+    def _line(self, label: str, total: int | None) -> Progress:
         self.say(f"{label} ({total})" if total is not None else label)
-        return lambda count: None
+        return untold
 
 
 @contextmanager
-def _bar(label: str, total: int | None) -> Iterator[Tick]:
+def _bar(label: str, total: int | None) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,

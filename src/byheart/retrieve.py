@@ -17,6 +17,7 @@ from byheart.encoder import Encoder
 from byheart.errors import DataError, UsageError
 from byheart.index import Index
 from byheart.ledger import Change, Ledger
+from byheart.progress import Progress, untold
 from byheart.rows import Document
 from byheart.segment import DEFAULT, Passage, parse_preset, segment
 from byheart.storage import new_folder, read_json, write_json
@@ -168,7 +169,7 @@ def index_ledger(
     encoder: Encoder,
     preset: str = DEFAULT,
     *,
-    on_done: Callable[[int], None] = lambda count: None,
+    on_done: Progress = untold,
 ) -> Index:
     """The index of a ledger's documents in folder ``path``: built, resumed after a kill, or brought up to date.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -15,6 +16,7 @@ Kind = Literal["document", "fact", "question"]
 Action = Literal["insert", "revise", "retract"]
 Split = Literal["train", "validation", "test"]
 SUBJECT_PLACE = "{}"
+RowT = TypeVar("RowT")
 
 
 def content_id(prefix: str, *parts: str) -> str:
@@ -227,3 +229,10 @@ def first_reason(error: ValidationError) -> str:
     elif first["type"] == "missing":
         what = "missing"
     return f'"{where}": {what}' if where else what
+
+
+def drawn(rows: list[RowT], limit: int | None, seed: int) -> list[RowT]:
+    """``limit`` of the rows, drawn by the seed, in their order; all of them where there is no limit."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[n] for n in sorted(random.Random(seed).sample(range(len(rows)), limit))]

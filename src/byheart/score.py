@@ -186,6 +186,25 @@ def mean_interval(
     return float(low), float(high)
 
 
+def means(
+    rows: Sequence[dict[str, float]], seed: int, batches: Sequence[int] | None = None
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The mean of each metric over the rows that have it, and its 95 % interval.
+
+    Args:
+        batches: see :func:`mean_interval`.
+    """
+    found: dict[str, float] = {}
+    intervals: dict[str, list[float]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        places = [n for n, row in enumerate(rows) if name in row]
+        values = [rows[n][name] for n in places]
+        found[name] = sum(values) / len(values)
+        of = None if batches is None else [batches[n] for n in places]
+        intervals[name] = list(mean_interval(values, seed=seed, batches=of))
+    return found, intervals
+
+
 def paired_difference(
     ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer
 from byheart.errors import UsageError
 from byheart.rows import Document
 
-# Size and step in tokens. The first is the dynamic-prefix notes' window, the second their later, disjoint one.
-PRESETS = {"288/64": (288, 64), "512/512": (512, 512)}
+# Size and step in tokens.
 DEFAULT = "288/64"
 _CHUNK = 64
 

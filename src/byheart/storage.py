@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from byheart.errors import DataError
+from byheart.progress import Progress, untold
 
 # What safetensors and temporary files would leave readable for their owner alone.
 _READABLE = 0o644
@@ -129,7 +130,7 @@ def resumed(
     items: Sequence[Any],
     step: int,
     make: Callable[[Sequence[Any]], Sequence[Any]],
-    tell: Callable[[int], None] = lambda count: None,
+    tell: Progress = untold,
 ) -> list[Any]:
     """What ``make`` gives for each item, as JSON holds it, ``step`` items at a time; ``tell`` is told how many.
 

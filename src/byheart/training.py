@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from byheart.progress import Progress, untold
 from byheart.storage import SAVE_EVERY, replacing
 
 
@@ -90,7 +91,7 @@ def train(
     loss: Callable[[int], Tensor],
     recipe: Recipe,
     store: Path,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Progress = untold,
     rates: Callable[[str], float] = lambda name: 1.0,
 ) -> Trained:
     """Train ``module`` in place.

@@ -17,19 +17,20 @@ from numpy.typing import NDArray
 from byheart.base import Base
 from byheart.benchmarks.editing import Case, Probe, crossed
 from byheart.benchmarks.kept import Kept
-from byheart.compare import made_with, means, run_record
 from byheart.decode import Job, Sampling
 from byheart.ledger import Ledger
 from byheart.methods import LearnReport, Method, Settings, method_class
 from byheart.methods.edit.weights import ChangedWeights
 from byheart.perplexity import perplexity
 from byheart.progress import Silent
+from byheart.record import made_with, run_record
 from byheart.score import (
     RESAMPLES,
     begins,
     contains,
     generation_entropy,
     harmonic_mean,
+    means,
     paired_difference,
     reference_score,
 )

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from byheart.compare import drawn
 from byheart.errors import DataError, UsageError, first_line
 from byheart.formats import read_objects
-from byheart.rows import Document, told_apart
+from byheart.rows import Document, drawn, told_apart
 
 LABELS = ("supports", "refutes", "not enough info")
 Part = Literal["train", "validation"]

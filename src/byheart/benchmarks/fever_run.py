@@ -14,7 +14,6 @@ from typing import Any, Literal
 from byheart.base import Base
 from byheart.benchmarks.fever import LABELS, Claim, Fever
 from byheart.benchmarks.kept import Kept
-from byheart.compare import means, run_record
 from byheart.decode import Job
 from byheart.errors import DataError
 from byheart.methods import Settings
@@ -22,8 +21,9 @@ from byheart.methods.memory.examples import Frame, Piece
 from byheart.methods.memory.method import Memory
 from byheart.perplexity import perplexity
 from byheart.progress import Silent
+from byheart.record import run_record
 from byheart.rows import Document
-from byheart.score import f1_by_label, f1_intervals, mcnemar, paired_difference
+from byheart.score import f1_by_label, f1_intervals, mcnemar, means, paired_difference
 from byheart.storage import write_json, write_text
 
 Variant = Literal["none", "doc", "temp", "doctemp", "other"]

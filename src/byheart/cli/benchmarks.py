@@ -330,10 +330,10 @@ def _edit_bench(
 ) -> None:  # fmt: skip
     from byheart.base import load_base
     from byheart.benchmarks.edit_run import Plan, run_editing
-    from byheart.compare import drawn
     from byheart.edit_report import grids, write_edit_report
     from byheart.methods import BASELINES
     from byheart.progress import Terminal
+    from byheart.rows import drawn
 
     names = parse_method_names(methods, options)
     for name in names:

@@ -48,9 +48,9 @@ def _doctor(
 ) -> None:
     """Load a model and an encoder, check that byheart can work on them, and show what was found."""
     from byheart.base import load_base
-    from byheart.compare import machine
     from byheart.encoder import load_encoder
     from byheart.progress import Terminal
+    from byheart.record import machine
     from byheart.storage import home
 
     show = Terminal()

@@ -19,9 +19,9 @@ METHODS = {
     "prefix-gold": "byheart.methods.prefix.controls:PrefixGold",
     "prefix-shuffled": "byheart.methods.prefix.controls:PrefixShuffled",
     "edit": "byheart.methods.edit.method:Edit",
-    "ft": "byheart.methods.edit.baselines:FineTuned",
-    "ft-w": "byheart.methods.edit.baselines:DecayedFineTuned",
-    "rome": "byheart.methods.edit.baselines:Rome",
+    "ft": "byheart.methods.edit.finetune:FineTuned",
+    "ft-w": "byheart.methods.edit.finetune:DecayedFineTuned",
+    "rome": "byheart.methods.edit.rome:Rome",
     "mend": "byheart.methods.edit.mend:Mend",
 }
 # What every gain is held against; none of them has options of its own.

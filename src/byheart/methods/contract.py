@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar, get_args, get_origin, 
 from byheart.base import Base
 from byheart.errors import UsageError
 from byheart.ledger import Change, Ledger
+from byheart.progress import Progress
 from byheart.retrieve import MODES, Mode
 from byheart.rows import Kind, Question
 from byheart.segment import DEFAULT, Passage
@@ -138,9 +139,6 @@ class Answer:
     prompt_tokens: int = 0
     new_tokens: int = 0
     skipped: str | None = None
-
-
-Progress = Callable[[int], None]
 
 
 class Method(Protocol):

@@ -20,8 +20,9 @@ from byheart.errors import DataError, UsageError
 from byheart.gold import gold_passages
 from byheart.index import Index
 from byheart.ledger import Change, Ledger
-from byheart.methods.contract import Answer, LearnReport, Progress, Settings
+from byheart.methods.contract import Answer, LearnReport, Settings
 from byheart.methods.reading import read
+from byheart.progress import Progress, untold
 from byheart.prompt import Example, PromptFormat, choose_examples
 from byheart.retrieve import Retriever, follow, index_ledger, searchable
 from byheart.rows import Document, Kind, Question
@@ -32,7 +33,6 @@ from byheart.storage import CARD, check_replaceable, new_folder, read_card, writ
 # How far down retrieval is looked at for recall, whatever the prompt holds.
 RECALL_DEPTH = 10
 _DRAWS = 100
-_NOTHING: Progress = lambda count: None  # noqa: E731
 
 
 class _Control:
@@ -68,7 +68,7 @@ class _Control:
         """Nothing worth a word."""
         return None
 
-    def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
+    def learn(self, ledger: Ledger, progress: Progress = untold) -> LearnReport:
         """Draw the examples; nothing is written into the model."""
         # Before any fact is chosen: should midnight pass, the new day is yet to be looked at.
         stand, self.day = ledger.stand, dt.date.today().isoformat()
@@ -112,7 +112,7 @@ class _Control:
         """The model as it is."""
         return nullcontext()
 
-    def answer(self, questions: Sequence[Question], progress: Progress = _NOTHING) -> list[Answer]:
+    def answer(self, questions: Sequence[Question], progress: Progress = untold) -> list[Answer]:
         """Answers in the questions' order."""
         given = self.passages(questions)
         kept = [n for n, passages in enumerate(given) if not isinstance(passages, str)]
@@ -206,7 +206,7 @@ class Context(_Control):
     cuts = True
     _retriever: Retriever
 
-    def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
+    def learn(self, ledger: Ledger, progress: Progress = untold) -> LearnReport:
         """Index the ledger's documents."""
         super().learn(ledger)
         index = index_ledger(ledger, self.work / "index", self.encoder, self.settings.segment, on_done=progress)
@@ -222,7 +222,7 @@ class Context(_Control):
         super()._changed(change)
         return LearnReport(seconds=seconds, bytes=index.bytes, documents=int(change.kind == "document"))
 
-    def answer(self, questions: Sequence[Question], progress: Progress = _NOTHING) -> list[Answer]:
+    def answer(self, questions: Sequence[Question], progress: Progress = untold) -> list[Answer]:
         """Answers with the passages that were found for them; their time counts the search."""
         began = time.perf_counter()
         ranked = self._retriever.retrieve([q.question for q in questions], max(self.settings.k, RECALL_DEPTH))
@@ -265,7 +265,7 @@ class Gold(_Control):
     cuts = True
     not_kept = "needs questions with known documents, so it cannot be kept; use it in compare"
 
-    def learn(self, ledger: Ledger, progress: Progress = _NOTHING) -> LearnReport:
+    def learn(self, ledger: Ledger, progress: Progress = untold) -> LearnReport:
         """Keep the ledger at hand; the passages are looked up when they are asked for."""
         self._ledger = ledger
         return super().learn(ledger)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from byheart.base import Base
 from byheart.decode import Completion, Job, complete
-from byheart.methods.contract import Answer, Progress
+from byheart.methods.contract import Answer
+from byheart.progress import Progress, untold
 from byheart.prompt import PromptFormat
 from byheart.rows import Question
 from byheart.segment import Passage
@@ -22,7 +23,7 @@ def read(
     passages: Sequence[Sequence[Passage] | None],
     *,
     max_new_tokens: int,
-    progress: Progress = lambda count: None,
+    progress: Progress = untold,
 ) -> list[Answer]:
     """Ask the model each question with its passages (None: closed book), and score its choices or first answer."""
 
@@ -48,7 +49,7 @@ def ask(
     free: Sequence[Job | None],
     *,
     max_new_tokens: int,
-    progress: Progress = lambda count: None,
+    progress: Progress = untold,
 ) -> list[Answer]:
     """The same with the jobs made elsewhere, one a question.
 

@@ -18,6 +18,7 @@ from byheart.blocks import Stretch
 from byheart.decode import Job, complete, option_ids
 from byheart.methods.edit.layers import WIDTH
 from byheart.methods.edit.prompts import find_lookup, prompt_text, target_text, tokenize
+from byheart.progress import Progress, untold
 from byheart.rows import SUBJECT_PLACE, Fact
 from byheart.storage import fingerprint, resumed
 from byheart.surgery import altered, observed
@@ -61,7 +62,7 @@ def trace(
     noise: float = 3.0,
     seed: int = 0,
     store: Path,
-    on_done: Callable[[int], None] = lambda count: None,
+    on_done: Progress = untold,
 ) -> list[Traced]:
     """Causal tracing of facts that the model knows (Meng et al. 2022, section 2.1).
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from byheart.base import quiet_transformers
 from byheart.errors import DataError
+from byheart.loading import quiet_transformers
 from byheart.methods.edit.weights import ChangedWeights, product
 from byheart.peft_layout import CONFIG, EXPORTED, PREFIX, TENSORS, lora_config, path_of
 from byheart.storage import check_replaceable, new_folder, write_json

@@ -18,12 +18,13 @@ from byheart.blocks import Stretch
 from byheart.decode import option_ids
 from byheart.errors import DataError, UsageError
 from byheart.formats import read_objects
-from byheart.methods.contract import Progress, Settings, parse_options
+from byheart.methods.contract import Settings, parse_options
 from byheart.methods.edit.baselines import Baseline
 from byheart.methods.edit.common_facts import common_facts
 from byheart.methods.edit.prompts import Prepared, prompt_text, target_text
 from byheart.methods.edit.weights import Deltas
 from byheart.padding import right_padded
+from byheart.progress import Progress
 from byheart.storage import CARD
 from byheart.surgery import observed
 

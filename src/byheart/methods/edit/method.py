@@ -6,10 +6,10 @@ import datetime as dt
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,22 +18,23 @@ from torch import Tensor
 
 from byheart.attention import fast_attention
 from byheart.base import Base, digest_of
-from byheart.errors import DataError, UsageError
+from byheart.errors import DataError
 from byheart.ledger import Ledger
-from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
+from byheart.methods.contract import LearnReport, Settings, parse_options
 from byheart.methods.edit import guard
 from byheart.methods.edit.covariance import moment_rows, second_moments
 from byheart.methods.edit.layers import choose_layers
+from byheart.methods.edit.options import EditOptions
 from byheart.methods.edit.others import about_others, names_in
 from byheart.methods.edit.prompts import Prepared, make_prefixes, prepare
-from byheart.methods.edit.settle import VERSION, SettleOptions, settle, text_pieces
+from byheart.methods.edit.settle import VERSION, settle, text_pieces
 from byheart.methods.edit.targets import VERSION as TARGETS_VERSION
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import ChangedWeights, changed_by, stacked
 from byheart.methods.edit.write import Reader, WriteOptions, Writer, Written
 from byheart.methods.facts import choose_facts
 from byheart.ordinary import check_text, ordinary_text, text_rows_of, text_tensor
-from byheart.progress import scaled
+from byheart.progress import Progress, scaled, untold
 from byheart.rows import Fact
 from byheart.storage import CARD, fingerprint, replacing
 
@@ -42,18 +43,6 @@ _ANEW = (
     "sequence=accumulate: what comes changes what is there (a change that is shared, a fact that is contradicted), so "
     "that all facts were solved anew, together"
 )
-# Options that have a say only where another one is one of these.
-_GATED, _SETTLED = ("gate", ("warn", "rollback")), ("settle", ("1 or more",))
-_ONLY: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
-    "energy": (("constraint", ("nullspace",)),),
-    "scatter": (("constraint", ("none",)),),
-    "others": (("constraint", ("none",)),),
-    "counted": (("merge", (True,)), ("constraint", ("none", "nullspace"))),
-    "stop_loss": (("stop", ("fit", "loss")),),
-    "max_perplexity": (_GATED,),
-    "max_neighbours": (_GATED,),
-    **{name: (_SETTLED,) for name in SettleOptions.__dataclass_fields__ if name != "settle"},
-}
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
 _STEP = 32
 # Rows of ordinary text that facts are settled beside; and names, out of so many rows.
@@ -65,41 +54,6 @@ _AGAIN = 4
 _OTHERS = 8
 # What follows from the facts that hold; all of it changes, or nothing does.
 _STATE = ("holding", "facts", "z", "shifts", "keys", "deltas", "skipped")
-
-
-@dataclass(frozen=True)
-class EditOptions(SettleOptions, WriteOptions, TargetOptions):
-    """What ``--set edit.NAME=VALUE`` takes, with the options of the search for targets, of writing and of settling.
-
-    Attributes:
-        layers: ``FIRST-LAST``, or ``auto``: what ``byheart trace`` found for this model, else a share of the depth.
-        steps: fewer than a search for single facts takes, since facts settle afterwards.
-        prefixes: texts of the model's own that each prompt is also edited behind.
-        paraphrases: edit behind the facts' own paraphrases, too, where the ledger has any.
-        text: ordinary text for the second moment: ``own`` (the model writes it), ``ledger`` (its documents) or a file.
-        tokens: of that text, as a multiple of d_ff; 0: up to 200 of what there is, and at least 10, which the model
-            writes where they are not there.
-        merge: seek and write one change for all facts about one subject (MEMIT-Merge).
-        batch: facts to take at once; 0: all of them.
-        sequence: ``joint`` solves all facts, old and new, together whenever some come or go; ``accumulate`` adds each
-            batch to what is there (as published).
-        gate: what to do where the change drifts too far: ``off`` (do not look), ``warn``, or ``rollback``.
-        max_perplexity, max_neighbours: how much perplexity on ordinary text may rise and right answers about
-            neighbours may fall, as shares.
-    """
-
-    layers: str = "auto"
-    steps: int = 14
-    prefixes: int = 3
-    paraphrases: bool = False
-    text: str = "own"
-    tokens: int = 0
-    merge: bool = False
-    batch: int = 0
-    sequence: Literal["joint", "accumulate"] = "joint"
-    gate: Literal["off", "warn", "rollback"] = "off"
-    max_perplexity: float = 0.10
-    max_neighbours: float = 0.05
 
 
 class Edit(ChangedWeights):
@@ -115,19 +69,9 @@ class Edit(ChangedWeights):
     def __init__(self, base: Base, settings: Settings, work: Path) -> None:
         super().__init__(base, settings, work)
         self.options = parse_options(EditOptions, self.name, settings.options)
-        if self.options.steps < 2:
-            raise UsageError(f"--set edit.steps={self.options.steps}: must be at least 2")
-        if self.options.settle_from > 1:
-            raise UsageError(f"--set edit.settle_from={self.options.settle_from}: must be at most 1")
-        for name in ("settle_held", "settle_runs"):
-            if getattr(self.options, name) < 1:
-                raise UsageError(f"--set edit.{name}={getattr(self.options, name)}: must be at least 1")
-        if not self.options.weight:
-            raise UsageError("--set edit.weight=0: must be above 0")
-        if self.options.energy >= 1:
-            raise UsageError(f"--set edit.energy={self.options.energy}: must be below 1")
+        self.options.check()
         if not (work / CARD).is_file():  # what was learnt is opened, whatever it was learnt with
-            self._check_options(settings)
+            self.options.check_needs(settings.options)
             check_text(self.options.text, self.name)
         self.layers = choose_layers(base, self.options.layers)
         self.z = torch.zeros(0, base.parts.d_model)
@@ -141,17 +85,6 @@ class Edit(ChangedWeights):
         self._source = ""  # what tells them from others
         self._writer: Writer | None = None
         self._earlier: dict[str, float] = {}  # by file of targets, the seconds that earlier runs took for it
-
-    def _check_options(self, settings: Settings) -> None:
-        """What would silently do nothing is refused."""
-        for name, needs in _ONLY.items():
-            for other, allowed in needs:
-                value = getattr(self.options, other)
-                fits = value > 0 if other == "settle" else value in allowed
-                if getattr(self.options, name) != getattr(EditOptions, name) and not fits:
-                    needed = " or ".join(str(one).lower() for one in allowed)
-                    given = settings.options[f"edit.{name}"]
-                    raise UsageError(f"--set edit.{name}={given}: needs edit.{other}={needed}")
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -180,7 +113,7 @@ class Edit(ChangedWeights):
         self.rows, self._source, self._writer = rows, fingerprint(rows), None
         self.text = text_pieces(rows[:_TEXT])
 
-    def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
+    def learn(self, ledger: Ledger, progress: Progress = untold) -> LearnReport:
         """Write all facts of the ledger that hold."""
         super().learn(ledger)
         began = time.perf_counter()
@@ -230,7 +163,7 @@ class Edit(ChangedWeights):
 
     # -- following a set of facts ----------------------------------------------------------------------------
 
-    def _follow(self, holding: Sequence[Fact], progress: Progress = lambda count: None) -> tuple[str, ...]:
+    def _follow(self, holding: Sequence[Fact], progress: Progress = untold) -> tuple[str, ...]:
         """Make these the facts that hold: targets for what is new, then the weights. All of it or nothing."""
         before = {name: vars(self)[name] for name in _STATE}
         try:

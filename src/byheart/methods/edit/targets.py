@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal, Self
@@ -19,6 +19,7 @@ from byheart.losses import token_loss
 from byheart.methods.edit.prompts import Prepared, Row
 from byheart.padding import left_padded, right_padded
 from byheart.parts import Parts
+from byheart.progress import Progress, untold
 
 # Tail tokens of a batch: enough for products at full speed, few enough that what the gradient needs stays near 1 GB
 # (on a graphics card: 2.7 GB at the peak of a run of SmolLM2-135M in float32; more of a larger model).
@@ -76,7 +77,7 @@ def find_targets(
     layer: int,
     options: TargetOptions,
     groups: Sequence[int] | None = None,
-    on_done: Callable[[int], None] = lambda count: None,
+    on_done: Progress = untold,
 ) -> Targets:
     """Seek z for each fact at the output of block ``layer``.
 

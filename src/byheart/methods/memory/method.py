@@ -28,7 +28,7 @@ from byheart.base import Base, digest_of
 from byheart.errors import DataError, UsageError, first_line
 from byheart.formats import read_objects
 from byheart.ledger import Change, Ledger
-from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
+from byheart.methods.contract import LearnReport, Settings, parse_options
 from byheart.methods.controls import Closed
 from byheart.methods.facts import as_measured, choose_facts, to_measure
 from byheart.methods.memory.adapter import Place, attached, make_adapters
@@ -50,7 +50,7 @@ from byheart.methods.memory.states import Row, States, Upper, keep_states, state
 from byheart.methods.memory.study import study
 from byheart.ordinary import ordinary_text, text_rows
 from byheart.peft_layout import CONFIG, PREFIX, TENSORS, lora_config, path_of
-from byheart.progress import scaled
+from byheart.progress import Progress, scaled, untold
 from byheart.prompt import CHOICES, PromptFormat
 from byheart.rows import Document, Fact, Kind, Question
 from byheart.rows import Row as LedgerRow
@@ -146,7 +146,7 @@ class Memory(Closed):
 
     # -- the contract ----------------------------------------------------------------------------------------
 
-    def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
+    def learn(self, ledger: Ledger, progress: Progress = untold) -> LearnReport:
         """Train on the ledger's pages, training questions and facts; ``progress`` is told of steps as rows learnt."""
         super().learn(ledger)
         options = self.options
@@ -228,7 +228,7 @@ class Memory(Closed):
     def train(
         self,
         pieces: Sequence[Piece],
-        progress: Progress = lambda count: None,
+        progress: Progress = untold,
         count: int = 0,
         frame: Frame = PLAIN,
     ) -> tuple[Trained, tuple[str, ...]]:
@@ -486,9 +486,7 @@ class Memory(Closed):
             found += [piece for piece in old if piece not in found] if found[0] in old else self._studied(rows)
         return found, owners, skipped
 
-    def _studied(
-        self, documents: Iterable[LedgerRow], progress: Progress = lambda count: None, count: int = 0
-    ) -> list[Piece]:
+    def _studied(self, documents: Iterable[LedgerRow], progress: Progress = untold, count: int = 0) -> list[Piece]:
         """What the model makes of pages itself; ``progress`` shall have been told of ``count`` in the end."""
         options = self.options
         if not options.study:

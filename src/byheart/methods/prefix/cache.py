@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from byheart.decode import batches, token_ids
 from byheart.kv import KV, Rotation
 from byheart.methods.prefix.blend import blended
 from byheart.methods.prefix.store import Store
+from byheart.progress import Progress, untold
 from byheart.prompt import Example, PromptFormat
 from byheart.segment import Passage
 
@@ -89,7 +90,7 @@ class Cache:
         text = self.form.block(passage)
         return self.files.path(self.base.hash, str(self.base.dtype), str(self.first), self._beginning, text)
 
-    def keep(self, passages: Iterable[Block], progress: Callable[[int], None] = lambda count: None) -> None:
+    def keep(self, passages: Iterable[Block], progress: Progress = untold) -> None:
         """Put what is not on disk yet there; ``progress`` is told of passages."""
         stream = iter(passages)
         while step := list(islice(stream, _HELD)):

@@ -20,7 +20,7 @@ from byheart.decode import token_ids
 from byheart.errors import DataError, UsageError
 from byheart.kv import KV
 from byheart.ledger import Ledger
-from byheart.methods.contract import LearnReport, Progress, Settings, parse_options
+from byheart.methods.contract import LearnReport, Settings, parse_options
 from byheart.methods.controls import Context
 from byheart.methods.facts import as_measured, to_measure
 from byheart.methods.prefix.behind import Sample, shared, side_by_side
@@ -50,7 +50,7 @@ from byheart.methods.prefix.tuning import (
 )
 from byheart.methods.study import ask_itself
 from byheart.parts import slides
-from byheart.progress import scaled
+from byheart.progress import Progress, scaled
 from byheart.prompt import FORM_EXAMPLES, Example, PromptFormat
 from byheart.retrieve import embedded, searchable
 from byheart.rows import Question

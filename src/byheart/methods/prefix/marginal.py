@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from byheart.methods.contract import Progress
+from byheart.progress import Progress, untold
 from byheart.training import Orders, Recipe, Trained, train
 
 # Of the inner products of unit vectors, which differ by tenths where passages differ by much.
@@ -64,7 +64,7 @@ def learn_turn(
     epochs: int,
     seed: int,
     store: Path,
-    progress: Progress = lambda count: None,
+    progress: Progress = untold,
 ) -> tuple[Turn, Trained]:
     """Train a :class:`Turn` on what a reader said.
 

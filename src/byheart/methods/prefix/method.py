@@ -20,7 +20,7 @@ from byheart.decode import Job, complete
 from byheart.errors import DataError, first_line
 from byheart.kv import KV
 from byheart.ledger import Change, Ledger
-from byheart.methods.contract import Answer, LearnReport, Progress
+from byheart.methods.contract import Answer, LearnReport
 from byheart.methods.controls import Context
 from byheart.methods.prefix.cache import Block
 from byheart.methods.prefix.instances import NEAREST, Instances, instances_of, interpolated
@@ -31,7 +31,7 @@ from byheart.methods.prefix.slots import Slots
 from byheart.methods.prefix.tokens import TokenHeads
 from byheart.methods.prefix.tuning import Pairs, held
 from byheart.methods.reading import CONTENT_FREE, ask, options_of
-from byheart.progress import scaled
+from byheart.progress import Progress, scaled, untold
 from byheart.rows import Question
 from byheart.score import normalize
 from byheart.segment import Passage, segment
@@ -87,7 +87,7 @@ class Prefix(Learnt):
             "training lasts"
         )
 
-    def learn(self, ledger: Ledger, progress: Progress = lambda count: None) -> LearnReport:
+    def learn(self, ledger: Ledger, progress: Progress = untold) -> LearnReport:
         """Index the ledger's documents; train what is to be learnt; with ``store=disk`` read every passage.
 
         ``progress`` is told of documents by what takes longest: fitting and training, else reading, else indexing.
@@ -161,7 +161,7 @@ class Prefix(Learnt):
         """Where columns, heads, where answers stand, the questions' turn or a store of instances are learnt."""
         return self._asks or self._remembers or bool(self.options.realm)
 
-    def answer(self, questions: Sequence[Question], progress: Progress = lambda count: None) -> list[Answer]:
+    def answer(self, questions: Sequence[Question], progress: Progress = untold) -> list[Answer]:
         """Answers with the passages that were found; their time counts the search and what had to be encoded."""
         # What stands before every question is the same without passages: nothing to search for.
         answered = super().answer if self._searches else super(Context, self).answer

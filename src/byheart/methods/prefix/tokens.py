@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from byheart.encoder import Encoder
 from byheart.kv import KV, Rotation
 from byheart.methods.prefix.cache import Block, Cache, Made
 from byheart.methods.prefix.known import Sums, known_of
+from byheart.progress import Progress, untold
 from byheart.storage import SAVE_EVERY, replacing
 
 # Passages that are fitted to at once.
@@ -86,7 +87,7 @@ def fit_heads(
     encoder: Encoder,
     passages: Sequence[Block],
     store: Path,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Progress = untold,
 ) -> TokenHeads:
     """Heads whose columns are, over the tokens of some passages, nearest to the model's own (least squares).
 

@@ -16,10 +16,10 @@ from byheart.decode import option_ids, token_ids
 from byheart.gold import gold_passages
 from byheart.ledger import Ledger
 from byheart.losses import drift, token_loss
-from byheart.methods.contract import Progress
 from byheart.methods.facts import as_measured, to_measure
 from byheart.methods.prefix.behind import Columns, Sample, answer_logits
 from byheart.methods.prefix.cache import Block
+from byheart.progress import Progress
 from byheart.prompt import Example, PromptFormat
 from byheart.retrieve import Retriever
 from byheart.rows import Question
