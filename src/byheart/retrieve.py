@@ -29,7 +29,7 @@ MODES: tuple[Mode, ...] = ("dense", "bm25", "hybrid")
 _DOCUMENTS_A_STEP = 256
 _TITLE_ROOM = 32
 # Weight of the BM25 score, divided by the question's best one, beside the dense inner product. Chosen on NQ training
-# questions; see docs/results.md.
+# questions; see docs/trials.md.
 BM25_WEIGHT = 0.2
 _POOL = 100
 

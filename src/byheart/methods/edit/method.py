@@ -50,7 +50,7 @@ _TEXT, _NAMES, _NAMED = 120, 4000, 4000
 # What is not said once all facts have settled does so again, so often at most.
 _AGAIN = 4
 # Others that a fact's prompt is put about when it is written; with two, paraphrases gain nothing
-# (docs/results.md).
+# (docs/trials.md).
 _OTHERS = 8
 # What follows from the facts that hold; all of it changes, or nothing does.
 _STATE = ("holding", "facts", "z", "shifts", "keys", "deltas", "skipped")

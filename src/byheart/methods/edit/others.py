@@ -47,7 +47,7 @@ def about_others(
     """Each fact about subjects not edited, some of ``names`` and well-known ones; about none where it asks a question.
 
     Behind questions about others nothing is to be held: it costs facts that are asked their paraphrases
-    (docs/results.md). Whom a fact is put about depends on it and on who is edited, not on the order of facts.
+    (docs/trials.md). Whom a fact is put about depends on it and on who is edited, not on the order of facts.
 
     Args:
         edited: subjects; one that is part of such a name, or the other way round, may well be the same thing, and is no
