@@ -26,6 +26,7 @@ from byheart.methods.edit.weights import changed_by
 from byheart.methods.edit.write import Written
 from byheart.padding import right_padded
 from byheart.progress import scaled
+from byheart.rows import Fact
 from byheart.surgery import widened
 from byheart.training import Recipe, Trained, train
 
@@ -128,12 +129,7 @@ def settle(
     plan = _plan(prepared, places, options.settle, seed)
     # Few facts are hardly in each other's way, and take too few steps to make up for what they began without.
     fresh = {group_of[n] for n in new} if len(plan) >= _FEW * _LEAST_STEPS else set()
-    # A target of several tokens is further off without half of its residuals than one of a single token: it lacks less.
-    tokens: dict[int, int] = {}
-    for n in places:
-        tokens[group_of[n]] = max(tokens.get(group_of[n], 0), len(prepared[n].rows[0].labels))
-    lacking = 1 - options.settle_from
-    less = torch.tensor([-lacking / tokens[group] if group in fresh else 0.0 for group in chosen])[:, None]
+    less = -_lacking(prepared, places, group_of, chosen, fresh, options.settle_from)[:, None]
     shifts = nn.ParameterDict({str(layer): less * written.residuals[layer][chosen].float() for layer in layers})
     shifts.to(base.device)
     inside = {
@@ -154,10 +150,7 @@ def settle(
         if not options.settle_beside:
             return []
         facts, there = [prepared[n].fact for n in places], [one.fact.subject for one in prepared]
-        # Of few facts more each, so that a step's worth is held.
-        some = chain.from_iterable(about_others(facts, there, names, seed, _EACH, ceil(beside / _HELD)))
-        rows = [token_ids(base.tokenizer, prompt_text(one), beginning=True) for one in some]
-        rows = [row for row in rows if base.positions is None or len(row) <= base.positions]
+        rows = _behind_others(base, facts, there, names, seed, ceil(beside / _HELD))
         # By the edit as written, so that one who goes on after a kill holds the same.
         return _changed_most(base, rows, lambda: changed_by(base, written.deltas), layers[0]) if rows else []
 
@@ -182,11 +175,7 @@ def settle(
                     total = total + weight * drift(said(), old, base.wide)
                 return total
 
-    # An ordinary one of those that change; what the model said before has hardly any residual, and is not ordinary.
-    own = torch.stack([written.residuals[layer][chosen].norm(dim=1) for layer in layers])
-    whole = own.sum(0)
-    ordinary = len(layers) * own[:, whole >= _HARDLY * whole.max()].median(1).values
-    lengths = {str(layer): float(length) for layer, length in zip(layers, ordinary, strict=True)}
+    lengths = _lengths(written, chosen)
     longest = max(lengths.values()) or 1.0
     lr = options.settle_lr * longest / base.parts.d_model**0.5
     recipe = Recipe(len(plan), lr, min(_WARMUP, len(plan) // 2), decay=0.0, clip=0.0, beta2=_BETA2)
@@ -196,6 +185,41 @@ def settle(
     for place, layer in enumerate(layers):
         found[chosen, place] = shifts[str(layer)].detach().float().cpu()
     return found, trained
+
+
+def _lacking(
+    prepared: Sequence[Prepared], places: Sequence[int], group_of: Sequence[int], chosen: Sequence[int],
+    fresh: Collection[int], share: float,
+) -> Tensor:  # fmt: skip
+    """The share of its residuals that each of the ``chosen`` groups begins without (groups,), those not fresh 0.
+
+    A target of several tokens is further off without half of its residuals than one of a single token: it lacks less.
+    """
+    tokens: dict[int, int] = {}
+    for n in places:
+        tokens[group_of[n]] = max(tokens.get(group_of[n], 0), len(prepared[n].rows[0].labels))
+    return torch.tensor([(1 - share) / tokens[group] if group in fresh else 0.0 for group in chosen])
+
+
+def _behind_others(
+    base: Base, facts: Sequence[Fact], there: Sequence[str], names: Sequence[str], seed: str, least: int
+) -> list[list[int]]:
+    """The facts' prompts about others, as tokens; of few facts more each, so that there are ``least``."""
+    some = chain.from_iterable(about_others(facts, there, names, seed, _EACH, least))
+    rows = [token_ids(base.tokenizer, prompt_text(one), beginning=True) for one in some]
+    return [row for row in rows if base.positions is None or len(row) <= base.positions]
+
+
+def _lengths(written: Written, chosen: Sequence[int]) -> dict[str, float]:
+    """By layer, the length of an ordinary residual of the chosen groups, times the number of layers.
+
+    What the model said before has hardly any residual, and is not ordinary.
+    """
+    layers = sorted(written.maps)
+    own = torch.stack([written.residuals[layer][chosen].norm(dim=1) for layer in layers])
+    whole = own.sum(0)
+    ordinary = len(layers) * own[:, whole >= _HARDLY * whole.max()].median(1).values
+    return {str(layer): float(length) for layer, length in zip(layers, ordinary, strict=True)}
 
 
 def _adding(into: Tensor, residuals: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
