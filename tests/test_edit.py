@@ -868,6 +868,13 @@ def test_facts_come_and_go_by_their_dates_when_followed(base, tmp_path, monkeypa
     solved.clear()
     ledger.insert([fact.model_copy(update={"id": f"{fact.id}-new"}) for fact in FACTS[:2]])
     assert followed()[0] == ["mora-2", "quay-new", "cove-new"] and len(solved) == 1  # all changes at once
+    # But a gate that rolls back is to judge each by itself.
+    record = read_json(known / "edit.json")
+    write_json(known / "edit.json", record | {"options": record["options"] | {"gate": "rollback"}})
+    solved.clear()
+    ledger.retract("fact", "quay-new")
+    ledger.retract("fact", "cove-new")
+    assert followed()[0] == ["mora-2"] and len(solved) == 2
 
 
 @pytest.mark.parametrize("name", ["ft", "rome"])
@@ -934,6 +941,8 @@ def test_what_was_learnt_is_opened_in_the_arithmetic_it_was_learnt_in(base, tmp_
         assert "learnt in" not in capsys.readouterr().err
     assert learning._base_of([kept], None, None, "float32").dtype == torch.float32
     assert "learnt in bfloat16, opened in float32" in capsys.readouterr().err
+    learning._base_of([tmp_path / "float32", kept], None, None, None)
+    assert f"{kept}: learnt in bfloat16, opened in float32" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_text_is_taken_once_whatever_is_learnt(base, tmp_path, monkeypatch):

@@ -400,6 +400,7 @@ def test_s_is_that_of_cases_that_have_all_its_parts():
     # Two batches that stand or fall together: their S is one or nothing, wherever it stands in between.
     whole = [dict.fromkeys(("es", "ps", "ns"), float(n < 9)) for n in range(18)]
     assert _means(whole, 0, [n // 9 for n in range(18)])[1]["s"] == [0, 1] != _means(whole, 0)[1]["s"]
+    assert _means(whole, 0, [0] * 18) == _means(whole, 0)
     metrics, intervals = _means([half, half | other], 0)
     assert metrics["s"] == pytest.approx(0.75) and intervals["s"] == [0.75, 0.75]
 

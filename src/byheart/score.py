@@ -171,7 +171,7 @@ def mean_interval(
 
     Args:
         batches: which batch each value is of, where they came in several that stand or fall together: these are then
-            what is resampled (Davison and Hinkley 1997, section 3.8).
+            what is resampled (Davison and Hinkley 1997, section 3.8). Of none or all of n, each value counts.
     """
     unique = set(values)
     if len(unique) == 1 and unique <= {0.0, 1.0}:

@@ -331,6 +331,8 @@ def by_group(cases: Sequence[Case], rows: Sequence[dict[str, Any]], seed: int) -
 def _means(
     rows: Sequence[dict[str, float]], seed: int, batches: Sequence[int] | None = None
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
+    if batches is not None and len(set(batches)) == 1:
+        batches = None  # there are no others to draw
     metrics, intervals = means(rows, seed, batches)
     for name, parts in _TOGETHER:
         there = [n for n, row in enumerate(rows) if set(parts) <= row.keys()]
@@ -338,7 +340,7 @@ def _means(
             whole = np.array([[rows[n][part] for part in parts] for n in there])
             metrics[name] = harmonic_mean(whole.mean(0).tolist())
             if metrics[name] > 0:  # of what never holds, resampling says nothing
-                intervals[name] = _s_interval(whole, seed, [batches[n] for n in there] if batches else there)
+                intervals[name] = _s_interval(whole, seed, there if batches is None else [batches[n] for n in there])
     return metrics, intervals
 
 

@@ -210,8 +210,10 @@ def _follow(
             method = _learnt_in(folder, model)
             saved = time.monotonic()
             with Terminal().bar("follow: changes", len(changes)) as tick:
-                # The weights of an edit follow from all facts at once; what is trained follows change by change.
-                at_once = isinstance(method, ChangedWeights)
+                # The weights of an edit follow from all facts at once; what is trained follows change by change, and so
+                # does what a gate is to judge.
+                gate = getattr(getattr(method, "options", None), "gate", "off")
+                at_once = isinstance(method, ChangedWeights) and gate != "rollback"
                 for some in [changes] if at_once and changes else [[change] for change in changes]:
                     had = getattr(method, "skipped", {})
                     report = method.revise(*some)
@@ -317,20 +319,24 @@ def _export(
 
 def _base_of(folders: list[Path], base: str | None, device: str | None, dtype: str | None) -> Base:
     """The base that is named, or else the one that the first folder was learnt for."""
-    from byheart.base import load_base
+    from byheart.base import DTYPES, INT8, load_base
     from byheart.progress import Terminal
     from byheart.storage import read_card
 
     cards = [read_card(folder / CARD, "method", "base") for folder in folders]
     try:
         name = base or str(cards[0]["base"]["name"])
-        kept = "int8" if cards[0]["base"].get("packed") else cards[0]["base"].get("dtype")
+        kept = ["int8" if card["base"].get("packed") else card["base"].get("dtype") for card in cards]
     except (KeyError, TypeError, AttributeError):
         raise DataError(f"{folders[0] / 'byheart.json'}: does not name its base; give --base") from None
     show = Terminal()
-    if dtype and kept and dtype != kept:
-        show.say(f"learnt in {kept}, opened in {dtype}: figures, and what is learnt from here on, are of both")
-    return load_base(name, device=device, dtype=dtype or kept, say=show.say)
+    chosen = dtype or (kept[0] if kept[0] in (*DTYPES, INT8) else None)
+    for folder, one in zip(folders, kept, strict=True):
+        if chosen and one and one != chosen:
+            show.say(
+                f"{folder}: learnt in {one}, opened in {chosen}: what it says, and learns from here on, is of both"
+            )
+    return load_base(name, device=device, dtype=chosen, say=show.say)
 
 
 def _learnt_in(folder: Path, base: Base) -> Method:

@@ -40,8 +40,8 @@ from byheart.storage import CARD, fingerprint, replacing
 
 _REFUSED = "rolled back by the gate"
 _ANEW = (
-    "sequence=accumulate: what comes changes what is there (a change that is shared, a fact that is contradicted), so "
-    "that all facts were solved anew, together"
+    "sequence=accumulate: what comes or goes changes what is there (a change that is shared, a fact that is "
+    "contradicted), so that all facts were solved anew, together"
 )
 # Facts whose targets are sought before they are put on disk: what a kill can cost.
 _STEP = 32
@@ -237,7 +237,7 @@ class Edit(ChangedWeights):
         fresh, lost = new, self._lost(facts, written, new)
         if not fresh and not lost:
             return shifts, written
-        best: tuple[set[int], Tensor, Written] | None = None
+        best = None if fresh else (lost, shifts, written)
         for _ in range(1 + _AGAIN):
             chosen = {groups[n] for n in fresh | lost}
             places = [n for n, group in enumerate(groups) if group in chosen]

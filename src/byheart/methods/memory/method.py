@@ -48,14 +48,14 @@ from byheart.methods.memory.examples import (
 )
 from byheart.methods.memory.states import Row, States, Upper, keep_states, states_bytes
 from byheart.methods.memory.study import study
-from byheart.ordinary import ordinary_text, text_rows
+from byheart.ordinary import check_text, ordinary_text, text_rows
 from byheart.peft_layout import CONFIG, PREFIX, TENSORS, lora_config, path_of
 from byheart.progress import Progress, scaled, untold
 from byheart.prompt import CHOICES, PromptFormat
 from byheart.rows import Document, Fact, Kind, Question
 from byheart.rows import Row as LedgerRow
 from byheart.segment import Passage, segment
-from byheart.storage import check_room, fingerprint, read_json, resumed, write_json, write_text
+from byheart.storage import CARD, check_room, fingerprint, read_json, resumed, write_json, write_text
 from byheart.training import Orders, Recipe, Trained, train
 
 _PIECES = "pieces.jsonl"
@@ -113,7 +113,7 @@ class MemoryOptions:
 
 
 class Memory(Closed):
-    """Trained memories (FIELD.md, section 1): the base stays frozen, what is learnt sits in a few small networks."""
+    """Trained memories: the base stays frozen, what is learnt sits in a few small networks."""
 
     name = "memory"
     learns: Kind = "document"
@@ -143,6 +143,16 @@ class Memory(Closed):
         self.skipped: dict[str, str] = {}  # why rows are not learnt, by kind and id
         self.facts: list[Fact] = []  # all that hold, those that cannot be learnt among them
         self.measured: set[str] = set()
+        if not (work / CARD).is_file():  # what was learnt has its text with it
+            self._check_text()
+
+    def _check_text(self) -> None:
+        text = self.options.text
+        if text != MemoryOptions.text and not self.options.keep:
+            raise UsageError(f"--set memory.text={text}: says nothing while memory.keep is 0")
+        if text == "ledger":
+            raise UsageError("--set memory.text=ledger: the ledger is what is learnt; use own or a text file")
+        check_text(text, self.name, "own or")
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -150,8 +160,6 @@ class Memory(Closed):
         """Train on the ledger's pages, training questions and facts; ``progress`` is told of steps as rows learnt."""
         super().learn(ledger)
         options = self.options
-        if options.text != MemoryOptions.text and not options.keep:
-            raise UsageError(f"--set memory.text={options.text}: says nothing while memory.keep is 0")
         self.texts()  # what is wrong with them is said before any work
         self.facts = [] if options.learn == "doc" else list(ledger.facts())
         self.measured = to_measure(ledger)
@@ -341,11 +349,7 @@ class Memory(Closed):
         Raises:
             UsageError, DataError: where ``text`` names none.
         """
-        if not self.options.keep:
-            return None
-        if self.options.text == "ledger":
-            raise UsageError("--set memory.text=ledger: the ledger is what is learnt; use own or a text file")
-        return ordinary_text(self.options.text, self.name)
+        return ordinary_text(self.options.text, self.name) if self.options.keep else None
 
     def _ordinary_rows(self) -> list[list[int]]:
         if not self.options.keep:

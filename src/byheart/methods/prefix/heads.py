@@ -1,4 +1,4 @@
-"""A passage in a few columns that a text encoder's heads emit for every block (the knowledge encoder of FIELD.md)."""
+"""A passage in a few columns that a text encoder's heads emit for every block (a knowledge encoder)."""
 
 from __future__ import annotations
 
