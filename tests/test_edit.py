@@ -930,6 +930,23 @@ def test_undoing_what_was_accumulated_last_solves_anew_says_so_and_looks_after_t
     assert any("all facts were solved anew" in note for note in report.notes)
 
 
+def test_undoing_names_what_is_no_longer_said_and_settles_it_on_wish(base, tmp_path, monkeypatch):
+    method = learnt(base, tmp_path, settle=1, settle_runs=1, gate="warn", max_perplexity=1e9, max_neighbours=1)
+    settled, plain = [], settle_module.settle
+    monkeypatch.setattr(
+        "byheart.methods.edit.method.settle", lambda *given: settled.append([*given[4]]) or plain(*given)
+    )
+    monkeypatch.setattr(
+        guard, "unsaid", lambda base, facts: [fact for fact in facts if fact.id == "quay" and not settled]
+    )
+    moved = method.shifts[0].clone()
+    report = method.undo(["mora"])
+    assert not settled and torch.equal(method.shifts[0], moved)
+    assert any("not said after their prompts all the same: quay" in note for note in report.notes)
+    method.undo(["mora-2"], settle=True)
+    assert settled == [[0]] and not torch.equal(method.shifts[0], moved)
+
+
 def test_what_was_learnt_is_opened_in_the_arithmetic_it_was_learnt_in(base, tmp_path, capsys):
     base.model.save_pretrained(tmp_path / "tiny")
     base.tokenizer.save_pretrained(tmp_path / "tiny")

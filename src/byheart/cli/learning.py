@@ -257,6 +257,7 @@ def _due(ledger: Ledger, day: str, today: str) -> list[str]:
 def _undo(
     folder: Learnt,
     facts: Annotated[list[str], typer.Argument(metavar="FACT_ID...", help="The facts to take out again.")],
+    settle: Annotated[bool, typer.Option("--settle", help="Settle others again that are no longer said.")] = False,
     base: OwnBase = None,
     device: Device = None,
     dtype: DtypeName = None,
@@ -269,7 +270,7 @@ def _undo(
     if not isinstance(method, Edit):
         raise UsageError(f"{folder}: holds {method.name}, and only an edit's facts can be undone one by one")
     had = method.skipped
-    report = method.undo(facts)
+    report = method.undo(facts, settle=settle)
     method.save_pretrained(folder)
     for note in _newly_skipped(method, had):
         print(note, file=sys.stderr)

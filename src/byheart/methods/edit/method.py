@@ -139,12 +139,16 @@ class Edit(ChangedWeights):
         notes = self._follow(facts)
         return self._report(time.perf_counter() - began, notes)
 
-    def undo(self, ids: Sequence[str]) -> LearnReport:
+    def undo(self, ids: Sequence[str], *, settle: bool = False) -> LearnReport:
         """Take facts out again.
 
         No target is sought anew, but for facts that were written as one with an undone one (``merge``) or after it, in
         the model that had it (``sequence=accumulate``), and for those that were held back by it; the report names the
         latter.
+
+        Args:
+            settle: settle those again that the model no longer says. What settling moves knows of all facts, and with
+                many of them gone some of the others are said no more.
 
         Raises:
             DataError: where one of them was not written; nothing changes then.
@@ -155,7 +159,7 @@ class Edit(ChangedWeights):
                 why = f" (skipped when it was learnt: {self.skipped[id]})" if id in self.skipped else ""
                 raise DataError(f'edit: holds no fact "{id}"{why}')
         before = {fact.id for fact in self.facts}
-        notes = self._follow([fact for fact in self.holding if fact.id not in ids])
+        notes = self._follow([fact for fact in self.holding if fact.id not in ids], untold, settle)
         come = [fact.id for fact in self.facts if fact.id not in before]
         if come:
             notes += (f"written now, since nothing stands against it any more: {', '.join(come)}",)
@@ -163,8 +167,14 @@ class Edit(ChangedWeights):
 
     # -- following a set of facts ----------------------------------------------------------------------------
 
-    def _follow(self, holding: Sequence[Fact], progress: Progress = untold) -> tuple[str, ...]:
-        """Make these the facts that hold: targets for what is new, then the weights. All of it or nothing."""
+    def _follow(
+        self, holding: Sequence[Fact], progress: Progress = untold, check: bool = False
+    ) -> tuple[str, ...]:  # fmt: skip
+        """Make these the facts that hold: targets for what is new, then the weights. All of it or nothing.
+
+        Args:
+            check: settle what is no longer said, though nothing is new.
+        """
         before = {name: vars(self)[name] for name in _STATE}
         try:
             chosen, skipped = choose_facts(holding, dt.date.today())
@@ -185,7 +195,7 @@ class Edit(ChangedWeights):
                 self.z = torch.stack([known[mark][0] for mark in marks]) if marks else self.z[:0]
                 shifts = torch.stack([known[mark][1] for mark in marks]) if marks else self.shifts[:0]
                 places = {n for n, mark in enumerate(marks) if mark in new}
-                self.shifts, written = self._settled(prepared, self.z, shifts, places, progress, check=anew)
+                self.shifts, written = self._settled(prepared, self.z, shifts, places, progress, check=anew or check)
                 self.deltas, self.keys = written.deltas, written.keys
                 self.facts = [one.fact for one in prepared]
             there = {fact.id for fact in holding}
@@ -295,8 +305,11 @@ class Edit(ChangedWeights):
     def _guarded(self, before: dict[str, Any], new: Sequence[Fact]) -> tuple[str, ...]:
         """What the gate says; goes back where it is to, and the edit went too far."""
         options = self.options
-        if options.gate == "off" or not new:
+        if options.gate == "off":
             return ()
+        if not new:
+            with self.attached():
+                return guard.unsaid_notes(guard.unsaid(self.base, self.facts), len(self.facts))
         rows = guard.text(self.base, self.settings.seed)
         standing = guard.measure(self.base, rows, self.facts, self.settings.seed)
         with self.attached():
