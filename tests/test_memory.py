@@ -617,8 +617,11 @@ def test_options_that_would_do_nothing_are_refused(base, tmp_path):
             memory(base, tmp_path, learn=learn, **{name: 2})
     with pytest.raises(UsageError, match="memory.lr=0: must be above 0"):
         memory(base, tmp_path, lr=0)
-    with pytest.raises(UsageError, match=r"memory.text=some.txt: says nothing while memory.keep is 0"):
-        memory(base, tmp_path, text="some.txt").learn(ledger_of(tmp_path))
+    with pytest.raises(UsageError, match=r"memory.text=nowhere.txt: must be own or a text file"):
+        memory(base, tmp_path, text="nowhere.txt", keep=1)
+    (tmp_path / "some.txt").write_text("Ann keeps the light of Ebb.")
+    with pytest.raises(UsageError, match=r"some.txt: says nothing while memory.keep is 0"):
+        memory(base, tmp_path, text=tmp_path / "some.txt").learn(ledger_of(tmp_path))
     unclipped = memory(base, tmp_path, clip=0, decay=0)
     before = weights(unclipped)
     unclipped.learn(ledger_of(tmp_path))

@@ -144,15 +144,7 @@ class Memory(Closed):
         self.facts: list[Fact] = []  # all that hold, those that cannot be learnt among them
         self.measured: set[str] = set()
         if not (work / CARD).is_file():  # what was learnt has its text with it
-            self._check_text()
-
-    def _check_text(self) -> None:
-        text = self.options.text
-        if text != MemoryOptions.text and not self.options.keep:
-            raise UsageError(f"--set memory.text={text}: says nothing while memory.keep is 0")
-        if text == "ledger":
-            raise UsageError("--set memory.text=ledger: the ledger is what is learnt; use own or a text file")
-        check_text(text, self.name, "own or")
+            check_text(self.options.text, self.name, "own or")
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -160,6 +152,8 @@ class Memory(Closed):
         """Train on the ledger's pages, training questions and facts; ``progress`` is told of steps as rows learnt."""
         super().learn(ledger)
         options = self.options
+        if options.text != MemoryOptions.text and not options.keep:
+            raise UsageError(f"--set memory.text={options.text}: says nothing while memory.keep is 0")
         self.texts()  # what is wrong with them is said before any work
         self.facts = [] if options.learn == "doc" else list(ledger.facts())
         self.measured = to_measure(ledger)
@@ -349,7 +343,11 @@ class Memory(Closed):
         Raises:
             UsageError, DataError: where ``text`` names none.
         """
-        return ordinary_text(self.options.text, self.name) if self.options.keep else None
+        if not self.options.keep:
+            return None
+        if self.options.text == "ledger":
+            raise UsageError("--set memory.text=ledger: the ledger is what is learnt; use own or a text file")
+        return ordinary_text(self.options.text, self.name)
 
     def _ordinary_rows(self) -> list[list[int]]:
         if not self.options.keep:
