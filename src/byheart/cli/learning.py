@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 
 
 app = typer.Typer()
+OwnDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16, float16 or int8; by default what it was learnt in."),
+]
 OwnBase = Annotated[
     str | None,
     typer.Option("--base", help="The language model it was made for; by default by the name that it had then."),
@@ -112,7 +116,7 @@ def _ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
     base: OwnBase = None,
     device: Device = None,
-    dtype: DtypeName = None,
+    dtype: OwnDtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask one question of what was learnt, and show the answer with its evidence."""
@@ -188,7 +192,7 @@ def _follow(
     ledger: LedgerFile,
     base: OwnBase = None,
     device: Device = None,
-    dtype: DtypeName = None,
+    dtype: OwnDtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring what was learnt up to its ledger's last change, and to this day: what is new comes, what is gone goes."""
@@ -260,7 +264,7 @@ def _undo(
     settle: Annotated[bool, typer.Option("--settle", help="Settle others again that are no longer said.")] = False,
     base: OwnBase = None,
     device: Device = None,
-    dtype: DtypeName = None,
+    dtype: OwnDtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Take facts out of an edit: the others are solved for again, from what is kept of them."""
@@ -287,7 +291,7 @@ def _export(
     ] = None,
     base: OwnBase = None,
     device: Device = None,
-    dtype: DtypeName = None,
+    dtype: OwnDtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a change of weights, or a prefix without passages, in a form that other programs load."""
