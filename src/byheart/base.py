@@ -61,6 +61,11 @@ class Base:
         return dtype
 
     @property
+    def dtype_name(self) -> str:
+        """The type that the model runs in, as ``--dtype`` takes it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def wide(self) -> torch.dtype:
         """The type to compute in where the weights' own is too coarse: fp32, or fp64 for a model in fp64."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32

@@ -73,20 +73,19 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
         if method.get("curve"):
             rows = []
             for point in method["curve"]:
-                beside = [(f", {UNEDITED}", point["unedited"])]
                 rows += [
                     [f"{point['edits']}{what}", str(point["batches"]), *(_cell(part, key) for key, _ in short)]
-                    for what, part in (*beside, ("", _with_drift(point)))
+                    for what, part in ((f", {UNEDITED}", point["unedited"]), ("", _with_drift(point)))
                 ]
             yield f"{name}: more edits", ["edits", "batches", *(label for _, label in short)], rows
         for label, part in method.get("sets", {}).items():
             keys = [(key, head) for key, head, _ in MAIN if key in _with_drift(part)["metrics"]]
-            beside = [(UNEDITED, part["unedited"])]
+            both = (UNEDITED, part["unedited"]), (name, _with_drift(part))
             facts = f"{part['facts']} of {part['cases']} facts written"
             yield (
                 f"{name}: {label}, {part['batches']} batches, {facts}",
                 ["", *(head for _, head in keys)],
-                [[what, *(_cell(one, key) for key, _ in keys)] for what, one in (*beside, (name, _with_drift(part)))],
+                [[what, *(_cell(one, key) for key, _ in keys)] for what, one in both],
             )
         groups = method.get("by_group", {})
         if name != UNEDITED and len(groups) > 1:

@@ -112,7 +112,7 @@ def text_rows_of(kept: Tensor) -> list[list[int]]:
 
 def _written(base: Base, count: int, seed: int) -> list[list[int]]:
     """``count`` rows that the model writes; kept in byheart's cache folder, since they take half a minute to make."""
-    path = home() / "text" / base.hash / f"{count}-{seed}-{str(base.dtype).removeprefix('torch.')}.json"
+    path = home() / "text" / base.hash / f"{count}-{seed}-{base.dtype_name}.json"
     if path.exists():
         kept: list[list[int]] = read_json(path)
         return kept

@@ -44,7 +44,7 @@ def base_record(base: Base) -> dict[str, Any]:
         "kind": base.kind,
         "type": base.model.config.model_type,
         "parameters": sum(p.numel() for p in base.model.parameters()),
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": base.dtype_name,
         "device": str(base.device),
     }
 

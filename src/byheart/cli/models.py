@@ -60,7 +60,7 @@ def _doctor(
         "name": model.name,
         "type": model.model.config.model_type,
         "kind": model.kind,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.dtype_name,
         "device": str(model.device),
         "blocks": len(model.parts.blocks),
         "width": model.parts.d_model,

@@ -56,7 +56,7 @@ class _Control:
     @cached_property
     def encoder(self) -> Encoder:
         """What documents are cut and passages found with; loaded only where that is done."""
-        dtype = str(self.base.dtype).removeprefix("torch.")
+        dtype = self.base.dtype_name
         return load_encoder(self.settings.encoder, device=str(self.base.device), dtype=dtype)
 
     @property
@@ -154,7 +154,7 @@ class _Control:
                     "name": self.base.name,
                     "hash": self.base.hash,
                     "packed": self.base.packed,
-                    "dtype": str(self.base.dtype).removeprefix("torch."),
+                    "dtype": self.base.dtype_name,
                 },
                 "encoder": None if self.used_encoder is None else self.used_encoder.to_dict(),
                 "settings": self.settings.to_dict(),

@@ -29,7 +29,7 @@ def second_moments(base: Base, layers: Sequence[int], rows: Sequence[Sequence[in
     Computed once a model and text, and kept in byheart's cache folder.
     """
     folder = home() / "covariance" / base.hash
-    name = f"{fingerprint(rows)}-{str(base.dtype).removeprefix('torch.')}"
+    name = f"{fingerprint(rows)}-{base.dtype_name}"
     found = {layer: _read(folder / f"{name}-{layer}.safetensors") for layer in layers}
     missing = [layer for layer, moment in found.items() if moment is None]
     for layer, moment in moments_of(base, missing, rows).items() if missing else ():
