@@ -104,6 +104,25 @@ def test_bad_input_is_one_sentence_and_the_right_exit_code(tmp_path, arguments, 
     assert not (tmp_path / "x.db").exists()
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"methods": {"closed": {}}, "pairs": [], "questions": {}, "ledger": {}, "base": {}},
+        {"methods": {"closed": {"metrics": {}}, "edit": {"metrics": {}}}, "benchmark": "b", "edits": 1, "base": {}},
+        {"cells": [{}], "controls": {}, "data": {}, "base": {}},
+        {"cells": 3, "parts": 4, "base": "a"},
+        {"methods": {}, "pairs": [], "questions": {"asked": "x"}, "ledger": {"documents": 1}, "base": {"name": "a"}},
+    ],
+)
+def test_a_run_that_lacks_something_is_told_and_its_page_kept(tmp_path, run):
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "answers.jsonl").write_text("")
+    (tmp_path / "report.html").write_text("old")
+    done = byheart("report", ".", cwd=tmp_path)
+    assert done.returncode == 3 and "another version of byheart" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
 def test_a_ledger_by_hand(tmp_path):
     files = [WORLD / f"{name}.jsonl" for name in ("documents", "facts", "questions")]
     assert "410 inserted" in byheart("ledger", "add", tmp_path / "w.db", *files).stdout

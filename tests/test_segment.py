@@ -5,12 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from byheart.errors import UsageError
-from byheart.formats import read_entries
 from byheart.gold import gold_passages
 from byheart.retrieve import distinct
 from byheart.rows import Document, Question
-from byheart.segment import Passage, parse_preset, segment, segment_parallel, windows
-from conftest import WORLD
+from byheart.segment import Passage, parse_preset, segment, windows
 
 
 @given(st.integers(0, 300), st.integers(1, 60), st.data())
@@ -34,13 +32,6 @@ def test_spans_are_exact_for_any_text(tokenizer, text):
     for p in passages:
         assert p.text == text[p.start : p.end]
         assert (p.document, p.title) == ("d", "T")
-
-
-def test_several_processes_cut_as_one_does(tokenizer):
-    documents = [entry.row for _, entry in read_entries(WORLD / "documents.jsonl")] * 5
-    one = list(segment(documents, tokenizer.backend_tokenizer, "32/16"))
-    two = list(segment_parallel(iter(documents), tokenizer.backend_tokenizer, "32/16", processes=2))
-    assert one == two and len(one) > 1000
 
 
 def test_presets():

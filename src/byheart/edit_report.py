@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from byheart.benchmarks.editing import UNEDITED
 from byheart.report import svg
 from byheart.storage import read_card, read_json, replacing, traced_path
 from byheart.tables import Grid, write_page
@@ -37,8 +38,6 @@ MAIN = (
     ("perplexity_drift", "perplexity", "of ordinary text: that of the unedited model, and the change from it"),
 )
 _SHORT = ("es", "ps", "ns", "s", "efficacy", "paraphrase", "specificity", "generated", "perplexity_drift")
-# The name of the unedited model in a run.
-UNEDITED = "closed"
 # Facts that are named of those that were skipped for one reason.
 _NAMED = 5
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,36 +72,6 @@ def segment(documents: Iterable[Document], tokenizer: Tokenizer, preset: str = D
     size, step = parse_preset(preset)
     for chunk in _chunks(documents):
         yield from _cut(chunk, tokenizer, size, step)
-
-
-def segment_parallel(
-    documents: Iterable[Document], tokenizer: Tokenizer, preset: str = DEFAULT, *, processes: int = 2
-) -> Iterator[Passage]:
-    """The same windows in the same order as :func:`segment`, cut by several processes.
-
-    Pays from some ten thousand documents on: starting the processes takes a second or so. Streams; at most a few
-    chunks of documents are held at a time.
-    """
-    size, step = parse_preset(preset)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, _start_worker, (tokenizer.to_str(), size, step)) as pool:
-        # imap would read all documents ahead of its workers, so chunks go in by handfuls.
-        chunks = _chunks(documents)
-        while handful := list(islice(chunks, processes * 4)):
-            for passages in pool.map(_work, handful, chunksize=1):
-                yield from passages
-
-
-_worker: tuple[Tokenizer, int, int]
-
-
-def _start_worker(tokenizer: str, size: int, step: int) -> None:
-    global _worker
-    _worker = (Tokenizer.from_str(tokenizer), size, step)
-
-
-def _work(chunk: list[Document]) -> list[Passage]:
-    return _cut(chunk, *_worker)
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from byheart.base import Base
-from byheart.benchmarks.editing import Case, Probe, crossed
+from byheart.benchmarks.editing import UNEDITED, Case, Probe, crossed
 from byheart.benchmarks.kept import Kept
 from byheart.decode import Job, Sampling
 from byheart.ledger import Ledger
@@ -36,7 +36,6 @@ from byheart.score import (
 )
 from byheart.storage import write_json, write_text
 
-UNEDITED = "closed"
 ANSWER_TOKENS = 16
 TEXT_TOKENS = 100
 _TOP_K = 5

@@ -16,6 +16,8 @@ from byheart.errors import DataError
 from byheart.formats import read_objects
 from byheart.rows import SUBJECT_PLACE, Fact, first_reason, told_apart
 
+# What runs and reports call the unedited model.
+UNEDITED = "closed"
 ProbeKind = Literal["edit", "paraphrase", "neighbourhood", "portability"]
 
 

@@ -33,6 +33,7 @@ from byheart.cli.options import (
     parse_splits,
     print_tables,
 )
+from byheart.errors import DataError
 
 if TYPE_CHECKING:
     from byheart.methods import Settings
@@ -77,6 +78,8 @@ def _compare(
 @app.command("report")
 def _report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
     """Write report.html of a run again, from its run.json and answers.jsonl."""
+    from jinja2 import UndefinedError
+
     from byheart.edit_report import write_edit_report
     from byheart.fever_report import write_fever_report
     from byheart.report import write_report
@@ -84,7 +87,13 @@ def _report(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder 
 
     card = read_card(run / "run.json", "base")
     write = write_fever_report if "cells" in card else write_edit_report if "benchmark" in card else write_report
-    print(write(run))
+    try:
+        page = write(run)
+    except (KeyError, TypeError, AttributeError, ValueError, UndefinedError) as error:
+        raise DataError(
+            f"{run / 'run.json'}: not a whole run, or one of another version of byheart ({error!r})"
+        ) from None
+    print(page)
 
 
 def run_comparison(
