@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,21 @@ def tiny(tokenizer):
         return made[family]
 
     return get
+
+
+@pytest.fixture
+def base(tokenizer, tmp_path, monkeypatch):
+    """A tiny Llama to edit, with nothing traced or counted before."""
+    monkeypatch.setenv("BYHEART_HOME", str(tmp_path / "home"))
+    return make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
+
+
+@pytest.fixture
+def day(monkeypatch):
+    """Sets what day it is."""
+    return lambda *of: monkeypatch.setattr(
+        dt, "date", type("Day", (date,), {"today": classmethod(lambda cls: date(*of))})
+    )
 
 
 @pytest.fixture
