@@ -210,7 +210,25 @@ def test_undoing_tells_of_what_it_lets_in(base, tmp_path):
     method = learnt(base, tmp_path, [FACTS[0], twin])
     report = method.undo(["quay"])
     assert [fact.id for fact in method.facts] == ["twin"]
-    assert any("nothing stands against it any more: twin" in note for note in report.notes)
+    assert "written now: twin (until now: the same as quay)" in report.notes
+
+
+def test_what_shares_a_change_with_what_is_sought_anew_is_sought_with_it(base, tmp_path):
+    # The two of one subject come before and after the one that goes; neither keeps what it had.
+    order = [FACTS[2], FACTS[0], FACTS[3]]
+    given = {"merge": True, "sequence": "accumulate", "steps": 6}
+    method = learnt(base, tmp_path, order, batch=1, **given)
+    method.undo(["quay"])
+    never = learnt(base, tmp_path, [FACTS[2], FACTS[3]], **given)
+    for one, other in zip(weights_with(method), weights_with(never), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_nothing_settles_again_where_nothing_settles(base, tmp_path):
+    method = learnt(base, tmp_path)
+    with pytest.raises(UsageError, match="--settle: this edit was learnt with edit.settle=0"):
+        method.undo(["quay"], settle=True)
+    assert len(method.facts) == 4
 
 
 @pytest.mark.parametrize("text", ["ledger", "file", "own"])

@@ -1,5 +1,6 @@
 """What `edit` is measured against: fine-tuning, ROME and MEND."""
 
+import json
 from datetime import date
 
 import pytest
@@ -11,6 +12,7 @@ from byheart.errors import DataError, UsageError
 from byheart.methods import Settings, method_class
 from byheart.methods.edit import mend
 from byheart.methods.edit import rome as rome_module
+from byheart.methods.edit.layers import keep_range
 from byheart.methods.edit.mend import Mend
 from byheart.methods.edit.prompts import prepare, prompt_text, target_text
 from byheart.methods.edit.write import Reader
@@ -29,10 +31,15 @@ def test_the_editor_of_mend_is_trained_once(base, tmp_path, monkeypatch):
     assert len(trained) == 1 and len(method.facts) == 4
     with pytest.raises(UsageError, match=r"mend.batch=0: must be at least 1"):
         Mend(base, Settings(options={"mend.batch": "0"}), tmp_path)
-    (tmp_path / "none.jsonl").write_text("\n")
-    empty = Mend(base, Settings(shots=0, options={"mend.train": str(tmp_path / "none.jsonl")}), tmp_path)
-    with ledger_of(tmp_path, FACTS) as ledger, pytest.raises(DataError, match=r"none.jsonl: holds no rows"):
-        empty.learn(ledger)
+    row = dict.fromkeys(("src", "alt", "rephrase", "loc"), "Ebb")
+    for number, (rows, why) in enumerate(
+        [([], "holds no rows"), ([row | {"alt": " "}], "holds no rows"), ([row, row | {"alt": 5}], ":2: src, alt")]
+    ):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows) or "\n")
+        bad = Mend(base, Settings(shots=0, options={"mend.train": str(path)}), tmp_path)
+        with ledger_of(tmp_path, FACTS) as ledger, pytest.raises(DataError, match=rf"{number}.jsonl: {why}|{why}"):
+            bad.learn(ledger)
 
 
 @pytest.mark.parametrize("name", ["edit", "ft"])
@@ -224,3 +231,14 @@ def test_rome_goes_on_after_a_kill(base, tmp_path, monkeypatch):
     assert same(weights_with(again), weights_with(whole))
     # A run that was killed later finds all of them.
     assert same(weights_with(rome("killed")), weights_with(whole)) and len(sought) == len(FACTS)
+
+
+@pytest.mark.parametrize("name", ["ft", "rome"])
+def test_a_baseline_stays_in_its_layers_whatever_is_traced(name, base, tmp_path):
+    method = baseline(name, base, tmp_path)
+    learn_of(method, tmp_path)
+    method.save_pretrained(tmp_path / "kept")
+    keep_range(base, 0, 0, {})
+    again = method_class(name).from_pretrained(tmp_path / "kept", base)
+    assert list(again.layers) == list(method.layers) == [1]
+    assert method_class(name)(base, Settings(shots=0), tmp_path).layers == (0,)

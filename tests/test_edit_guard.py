@@ -76,7 +76,7 @@ def test_facts_that_a_gate_refused_stay_named_however_many_come_after(base, tmp_
 def test_collisions_are_told_before_anything_is_written(base, tmp_path):
     twins = [FACTS[0], FACTS[0].model_copy(update={"id": "twin", "prompt": "The light of {} is", "object": "squat"})]
     with ledger_of(tmp_path, twins) as ledger:
-        for merge, said in (("false", "edit: 1 pairs of facts have nearly the same key"), ("true", None)):
+        for merge, said in (("false", "edit: 1 pair of facts has nearly the same key"), ("true", None)):
             method = Edit(base, Settings(shots=0, options={"edit.merge": merge}), tmp_path / "work")
             found = method.estimate(ledger)
             assert (found or "").startswith(said or "") and (found is None) == (said is None)
@@ -114,6 +114,7 @@ def test_what_a_gate_holds_against_its_limits(base):
     for after, rise, fewer, within in (
         ((21.0, 0.8), 0.1, 0.1, True), ((23.0, 0.8), 0.1, 0.1, False),
         ((20.0, 0.72), 0.1, 0.1, True), ((20.0, 0.69), 0.1, 0.1, False), ((18.0, 1.0), 0.0, 0.0, True),
+        ((20.0, 0.75), 0.1, 0.05, True),
     ):  # fmt: skip
         said, found = guard.drift_notes(before, guard.Standing(*after), rise, fewer)
         assert found is within and f"-> {after[0]:.2f}" in said and f"-> {after[1]:.3f}" in said
@@ -151,3 +152,54 @@ def test_facts_with_one_key_are_reported(base, tmp_path):
     ]
     (note,) = learnt(base, tmp_path, twice).report.notes
     assert "one and two" in note and "nearly the same key" in note
+
+
+def test_the_worst_of_many_collisions_are_shown_and_all_are_counted():
+    objects = ["old", "new", "old", "wet", "dry"]
+    facts = [FACTS[0].model_copy(update={"id": str(n), "object": what}) for n, what in enumerate(objects)]
+    keys = torch.eye(4)[[0, 0, 0, 0, 1]] + 0.1 * torch.eye(5, 4)
+    count, worst = guard.collisions(facts, keys, torch.eye(4, dtype=torch.float64), [0, 1, 2, 3, 3])
+    pairs = {(i, j) for i in range(4) for j in range(i + 1, 4)} - {(0, 2)}  # these two say the same
+    cosine = {(i, j): float(torch.cosine_similarity(keys[i], keys[j], 0)) for i, j in pairs}
+    assert count == len(pairs) == 5 and len(worst) == 3
+    assert [one.cosine for one in worst] == pytest.approx(sorted(cosine.values(), reverse=True)[:3])
+    assert {(int(one.one.id), int(one.other.id)) for one in worst} <= pairs
+    (note,) = guard.collision_notes(count, worst)
+    assert note.startswith("5 pairs of facts have") and note.endswith("and 2 more")
+
+
+def test_a_neighbour_that_is_edited_itself_is_no_damage(base):
+    near = Neighbour(prompt="The river through Vellmora is", object="the Amberle")
+    fact = FACTS[0].model_copy(update={"neighbours": [near]})
+    edited = FACTS[0].model_copy(update={"id": "other", "subject": "Vellmora"})
+    rows = [list(range(5, 40))]
+    assert guard.measure(base, rows, [fact], 0).neighbours is not None
+    assert guard.measure(base, rows, [fact, edited], 0).neighbours is None
+
+
+def test_what_falls_due_is_judged_apart_from_what_changes(base, tmp_path, monkeypatch, day):
+    day(2030, 1, 31)
+    due = [fact.model_copy(update={"valid_from": dt.date(2030, 2, 1)}) for fact in FACTS[1:3]]
+    method = learnt(base, tmp_path, [FACTS[0], *due], gate="rollback", max_perplexity=1e9, max_neighbours=1)
+    measured = []
+    plain = guard.measure
+    seen = lambda base, rows, facts, seed: measured.append([f.id for f in facts]) or plain(base, rows, facts, seed)  # noqa: E731
+    monkeypatch.setattr(guard, "measure", seen)
+    monkeypatch.setattr(guard, "drift_notes", lambda *given: ("far", "cove" not in measured[-1]))
+    with ledger_of(tmp_path, FACTS[:1]) as ledger:
+        start = ledger.revision
+        ledger.insert([FACTS[3]])
+        (change,) = ledger.history(since=start)
+    day(2030, 2, 1)
+    report = method.revise(change)
+    assert {fact.id for fact in method.facts} == {"quay", "mora", "mora-2"} == {fact.id for fact in method.holding}
+    assert method.skipped == {"cove": "rolled back by the gate"}
+    assert "past the gate's limits (far): 1 fact rolled back" in report.notes
+
+
+def test_of_earlier_batches_only_what_went_too_far_is_told(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "unsaid", lambda *given: [])
+    said = iter([("one", True), ("two", False), ("three", True)])
+    monkeypatch.setattr(guard, "drift_notes", lambda *given: next(said))
+    notes = learnt(base, tmp_path, FACTS[:3], gate="warn", batch=1).report.notes
+    assert notes == ("batch 2: warning: past the gate's limits (two); --gate rolls such an edit back", "three")

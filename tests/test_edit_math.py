@@ -12,7 +12,7 @@ from byheart.methods.edit.export import low_rank
 from byheart.methods.edit.prompts import prepare
 from byheart.methods.edit.targets import TargetOptions, find_targets
 from byheart.methods.edit.weights import product
-from byheart.methods.edit.write import WriteOptions, Writer
+from byheart.methods.edit.write import WriteOptions, Writer, _means, _numbered
 from byheart.rows import Fact
 from byheart.surgery import changed, matrix
 from conftest import tiny_model
@@ -326,10 +326,11 @@ def test_keys_are_held_against_each_other_as_text_sees_them():
     factor = solve.cholesky(torch.diag(torch.tensor([1e4, 1.0, 1.0], dtype=torch.float64)))
     plain = torch.nn.functional.normalize(keys) @ torch.nn.functional.normalize(keys).T
     assert plain[0, 1] > 0.9 and plain[2, 3] < 0
-    (found,) = guard.collisions(facts, keys, factor, range(4))
+    count, (found,) = guard.collisions(facts, keys, factor, range(4))
+    assert count == 1
     assert (found.one.id, found.other.id) == ("2", "3")
     assert found.cosine == pytest.approx((1 - 0.01) / (1 + 0.01), abs=1e-6)
-    assert guard.collisions(facts, keys, factor, [0, 1, 2, 2]) == []  # written as one
+    assert guard.collisions(facts, keys, factor, [0, 1, 2, 2]) == (0, [])  # written as one
 
 
 @pytest.mark.parametrize("factored", [True, False])
@@ -371,3 +372,24 @@ def test_a_search_ends_as_soon_as_its_rule_says(tokenizer):
         stop: find_targets(base, likeliest, 1, replace(plain, stop=stop)).steps.item() for stop in ("fit", "argmax")
     }
     assert steps == {"fit": 6, "argmax": 1}
+
+
+def test_more_facts_than_keys_are_wide_are_solved_alike(tokenizer):
+    base = make_base("tiny", tiny_model("llama", len(tokenizer)), tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(200, 64, generator=generator, dtype=torch.float64) for _ in range(2)]
+    writer = Writer(base, {1: made[0].T @ made[0] / 200}, WriteOptions())
+    keys, extra = made[1][:80], [torch.eye(64, dtype=torch.float64)]
+    for beside in ([], extra):
+        found = writer._map(1, keys, keys[:0], beside)
+        factor = solve.cholesky(sum(beside, solve.regularizer(writer.moments[1], 0.7)))
+        left, right = solve.woodbury(factor, keys, torch.eye(80, dtype=torch.float64))
+        assert torch.allclose(found, left @ right, rtol=0, atol=1e-9)
+
+
+def test_members_of_a_group_weigh_alike(tokenizer):
+    values = torch.arange(12.0).reshape(4, 3)
+    group, sizes = _numbered([7, 5, 7, 9], 4)
+    assert group.tolist() == [0, 1, 0, 2] and sizes.tolist() == [2, 1, 1]
+    assert torch.equal(_means(values, group, sizes), torch.stack([values[[0, 2]].mean(0), values[1], values[3]]))
+    assert torch.equal(_means(values, *_numbered(None, 4)), values)

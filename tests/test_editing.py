@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from byheart.benchmarks.edit_run import Plan, _means, run_editing, score_cases, 
 from byheart.benchmarks.editing import Case, Crossing, Probe, counterfact, crossed, question_cases, same_subject, zsre
 from byheart.benchmarks.kept import Kept
 from byheart.cli.benchmarks import _ordinary_rows
-from byheart.decode import Job, Sampling, complete
+from byheart.decode import Completion, Job, Sampling, complete
 from byheart.edit_report import grids, write_edit_report
 from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
@@ -212,7 +213,7 @@ def test_a_run_scores_the_unedited_model_beside_the_edited_one(tokenizer, tmp_pa
     parts = [edit["metrics"][name] for name in ("es_accuracy", "ps_accuracy", "ns_accuracy")]
     assert edit["metrics"]["s_accuracy"] == pytest.approx(harmonic_mean(parts))
     page = write_edit_report(tmp_path / "run").read_text()
-    assert "CounterFact" in page and "more edits" in page and "P7" in page and "trace" not in page
+    assert "CounterFact" in page and "more edits" in page and "P7" in page and "Causal tracing" not in page
     assert "edit prompts behind which" in page and "unrelated questions" not in page  # what it shows is explained
     (perplexities,) = (row for row in next(grids(run))[2] if row[0] == "perplexity")
     before, after = perplexity(base, rows), edit["perplexity"]
@@ -300,7 +301,7 @@ def test_what_is_scored_is_the_model_with_its_facts_written(tokenizer, tmp_path,
         same(one["unedited"], [row for some in of_cases for row in unedited(some, 0)])
         assert (one["unedited"]["metrics"]["es"], one["metrics"]["es"]) == (0, 1)
         assert (one["facts"], one["skipped"]) == (2, {}) and one["write_seconds"] > 0
-    assert of == [None, None, [0, 1], [0, 1], [0, 0], [0, 0]]  # whom intervals resample: whole batches
+    assert of == [None, None, [0, 1], None, [0, 0], None]  # whom intervals resample: whole batches that were edited
     assert point["perplexity_drift"] == pytest.approx(sum(value / before - 1 for _, value in alone) / 2)
     assert part["perplexity_drift"] == pytest.approx(after / before - 1, rel=1e-2)
 
@@ -337,7 +338,7 @@ def test_what_an_edit_left_out_and_what_its_gate_says_stand_in_its_tables(tokeni
         settings.options["edit.gate"] = gate
         run = run_editing("CounterFact", base, cases, ["edit"], tmp_path / gate, settings, Plan(texts=3))
         (said,) = ([note for _, note in rows] for title, _, rows in grids(run) if title == "what stands out")
-        assert "it drifts" in said
+        assert any("past the gate's limits (it drifts)" in note for note in said)
         skipped = "1 fact skipped (cf-7#2" if count else "2 facts skipped (cf-7#2"
         assert any(note.startswith(skipped) and note.endswith(why) for note in said)
         (written,) = (row for row in next(grids(run))[2] if row[0] == "facts written")
@@ -498,3 +499,25 @@ def test_the_shared_records_load(data):
     assert len(counterfact(data / "counterfact").cases) == 272
     assert len(counterfact(data / "counterfact" / "counterfact_reduced.jsonl").cases) == 10_972
     assert len(zsre(data / "zsre").cases) == 516
+
+
+def test_no_object_is_longer_than_what_is_written(tiny):
+    fact = Fact(id="a", subject="Ebb", prompt="{} has", object=" ".join(["beech"] * 30))
+    lengths = []
+
+    def complete(label, jobs, *, max_new_tokens, **_):
+        lengths.append(max_new_tokens)
+        some = [(0.0,) * len(job.options) for job in jobs]
+        return [Completion("", 0.0, one, one, 0, 0, 0.0) for one in some]
+
+    kept = SimpleNamespace(base=tiny("llama"), complete=complete)
+    score_cases(kept, [Case(fact, (Probe("edit", fact.filled(), fact.object),))], 0, 0, "closed")
+    assert lengths[0] == 0 and lengths[1] > len(kept.base.tokenizer(f" {fact.object}")["input_ids"]) > 30
+
+
+def test_batches_stand_in_the_title():
+    method = {"metrics": {}, "intervals": {}, "facts": 12, "write_seconds": 1.0}
+    run = {"benchmark": "zsRE", "edits": 12, "base": {"name": "m"}, "methods": {"closed": method}}
+    assert next(grids(run))[0].startswith("zsRE: 12 records edited at once, m")
+    run["methods"]["edit"] = method | {"options": {"batch": 4}}
+    assert next(grids(run))[0].startswith("zsRE: 12 records edited by edit in batches of 4, m")

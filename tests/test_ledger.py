@@ -15,7 +15,7 @@ from byheart.check import check
 from byheart.errors import DataError
 from byheart.formats import import_files
 from byheart.ledger import Ledger
-from byheart.rows import Document, Fact, Neighbour, Question
+from byheart.rows import Document, Fact, Neighbour, Question, with_place
 
 DOC = Document(id="d1", title="Ebb", text="The keeper of Ebb is Mara Tole.")
 FACT = Fact(
@@ -301,3 +301,9 @@ def test_check_finds_each_kind_of_fault(ledger):
         ("dangling", "q3"),
         ("not-stated", "q4"),
     }
+
+
+def test_a_subjects_place_is_a_whole_word_where_it_is_one_anywhere():
+    assert with_place("Which Annual did Ann edit?", "Ann") == "Which Annual did {} edit?"
+    assert with_place("the Anns", "Ann") == "the {}s" and with_place("nobody", "Ann") is None
+    assert with_place("What is C++ for?", "C++") == "What is {} for?"

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig, MistralConfig
 
 from byheart.base import make_base
 from byheart.errors import DataError
+from byheart.parts import slides
 from conftest import FAMILIES, tiny_model
 
 # What a person who knows each architecture would point at.
@@ -115,3 +116,9 @@ def test_a_model_it_cannot_handle_is_refused_by_part(tokenizer):
     model.forward = lambda **kw: type("Out", (), {"logits": inner(**kw).logits.flip(-1)})()
     with pytest.raises(DataError, match="do not give the model's own logits"):
         make_base("flipped", model, tokenizer)
+
+
+def test_windows_are_known_by_each_familys_name_for_them():
+    assert slides(GPTNeoConfig(attention_types=[[["global", "local"], 1]], num_layers=2))
+    assert not slides(GPTNeoConfig(attention_types=[[["global"], 2]], num_layers=2))
+    assert slides(MistralConfig(sliding_window=8)) and not slides(MistralConfig(sliding_window=None))

@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score
 
 from byheart.score import (
     abstained,
+    begins,
     bootstrap_interval,
     contains,
     exact_match,
@@ -137,6 +138,13 @@ def test_none_of_n_leaves_room_for_doubt():
     together = mean_interval([float(batch % 2) for batch in batches], batches=batches)
     alone = bootstrap_interval([float(n % 2) for n in range(20)])
     assert together == pytest.approx(alone, abs=0.05) and together[1] - together[0] > 0.3
+    # Two batches that came out alike do not say that all would.
+    alike = [0.0, 1.0, 1.0, 1.0] * 2
+    assert mean_interval(alike, batches=[0] * 4 + [1] * 4) == bootstrap_interval(alike)
+    # All alike, and neither none nor all: nearly nothing where there is one.
+    assert mean_interval([0.3]) == pytest.approx((0.0075, 0.9825))
+    low, high = mean_interval([0.5] * 100)
+    assert (low, high) == pytest.approx((0.482, 0.518), abs=1e-3)
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
@@ -154,8 +162,24 @@ def test_a_paired_interval_is_narrower_than_two_single_ones():
     ours, theirs = (hard < 0.5).astype(float), (hard < 0.42).astype(float)
     nothing, bounds = paired_difference([0.0, 1.0] * 50, [0.0, 1.0] * 50)
     assert nothing == 0 and bounds == pytest.approx((-0.036, 0.036), abs=1e-3)
+    assert paired_difference([0.0, 0.5] * 50, [0.0, 0.5] * 50)[1] == bounds
     difference, (low, high) = paired_difference(ours.tolist(), theirs.tolist())
     assert difference == pytest.approx(ours.mean() - theirs.mean())
     assert 0 < low < difference < high
     single = bootstrap_interval(ours.tolist())
     assert high - low < single[1] - single[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("Vellmora” it says", "Vellmora"),
+        ("भारत। और", "भारत"),
+        ("القاهرة، مصر", "القاهرة"),
+        ("北京。它是", "北京"),
+        ("北京是", "北京"),
+    ],
+)
+def test_an_object_is_said_in_any_script(said, wanted):
+    assert begins(said, wanted) == 1
+    assert begins("Vellmorans", "Vellmora") == begins("भारतीय", "भारत") == begins("上海", "北京") == 0

@@ -47,7 +47,7 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
     methods = run["methods"]
     shown = [(key, label) for key, label, _ in MAIN if any(key in m["metrics"] for m in methods.values())]
     yield (
-        f"{run['benchmark']}: {run['edits']} records edited at once, {run['base']['name']}; scored after all edits",
+        f"{run['benchmark']}: {_edited(run)}, {run['base']['name']}; scored after all edits",
         ["", *methods],
         [[label, *(_cell(m, key) for m in methods.values())] for key, label in shown]
         + [["facts written", *(str(m["facts"]) if name != UNEDITED else "-" for name, m in methods.items())]]
@@ -94,6 +94,13 @@ def grids(run: dict[str, Any]) -> Iterator[Grid]:
                 for group, part in groups.items()
             ]
             yield f"{name}: by relation", ["relation", "facts", *(label for _, label in short)], rows
+
+
+def _edited(run: dict[str, Any]) -> str:
+    """How many records were edited in, and how."""
+    batch = run["methods"].get("edit", {}).get("options", {}).get("batch", 0)
+    how = f"by edit in batches of {batch}" if 0 < batch < run["edits"] else "at once"
+    return f"{run['edits']} records edited {how}"
 
 
 def _notes(method: dict[str, Any]) -> Iterator[str]:
@@ -153,7 +160,7 @@ def write_edit_report(folder: Path) -> Path:
     if record.get("facts"):
         sections.append(heat_section(record))
     made = {key: run[key] for key in ("command", "base", "settings", "origin", "machine") if run.get(key)}
-    lead = f"{run['edits']} records edited at once into {run['base']['name']}, all scored after all edits. "
+    lead = f"{_edited(run)}, into {run['base']['name']}, all scored after all edits. "
     lead += f"{run['time'][:10]}."
     return write_page(folder, run["benchmark"], lead, sections, made)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,13 @@ def told_apart(id: str, seen: Counter[str]) -> str:
     """An id that rows of a benchmark may share, with a number behind it from the second time on."""
     seen[id] += 1
     return f"{id}#{seen[id]}" if seen[id] > 1 else id
+
+
+def with_place(text: str, subject: str) -> str | None:
+    """A text with ``{}`` where the subject stands first, as whole words where it stands so anywhere; None: nowhere."""
+    whole = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", text)
+    start = whole.start() if whole else text.find(subject)
+    return None if start < 0 else text[:start] + SUBJECT_PLACE + text[start + len(subject) :]
 
 
 class _Row(BaseModel):
@@ -106,8 +114,7 @@ class Fact(_Row):
 
     def placed(self, paraphrase: str) -> str | None:
         """One of the fact's paraphrases with the subject's place in it, also where it spells the subject out."""
-        found = paraphrase if SUBJECT_PLACE in paraphrase else paraphrase.replace(self.subject, SUBJECT_PLACE, 1)
-        return found if SUBJECT_PLACE in found else None
+        return paraphrase if SUBJECT_PLACE in paraphrase else with_place(paraphrase, self.subject)
 
 
 class Question(_Row):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Scripts, as Unicode names begin, that put no spaces between words.
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI")
 # What counts as declining to answer, normalised. An empty answer counts too (SQuAD 2.0's convention).
 ABSTENTIONS = frozenset(
     {
@@ -68,8 +71,18 @@ def contains(answer: str, golds: Sequence[str]) -> float:
 
 
 def begins(answer: str, gold: str) -> float:
-    """1 where the answer begins with ``gold`` as whole words, both normalised, else 0."""
-    return float(f"{normalize(answer)} ".startswith(f"{normalize(gold)} "))
+    """1 where the answer begins with ``gold`` as whole words, both normalised and without marks, else 0."""
+    said, wanted = (normalize("".join(filter(_is_no_mark, text))) for text in (answer, gold))
+    return float(f"{said} ".startswith(wanted if unspaced(wanted[-1:]) else f"{wanted} "))
+
+
+def unspaced(character: str) -> bool:
+    """Whether a character is of a script whose words run on into each other, so that nothing tells where one ends."""
+    return bool(character) and unicodedata.name(character, "").startswith(_UNSPACED)
+
+
+def _is_no_mark(character: str) -> bool:
+    return not unicodedata.category(character).startswith("P")
 
 
 def abstained(answer: str) -> float:
@@ -165,25 +178,27 @@ def bootstrap_interval(
 def mean_interval(
     values: Sequence[float], *, seed: int = 0, batches: Sequence[int] | None = None
 ) -> tuple[float, float]:
-    """The 95 % interval of a mean of shares: bootstrap, but exact (Clopper and Pearson 1934) for none or all of n.
+    """The 95 % interval of a mean of shares: bootstrap, but exact (Clopper and Pearson 1934) where all n are alike.
 
     Resampling 200 misses gives 200 misses, an interval of no width, although the share may well be 0.01.
 
     Args:
         batches: which batch each value is of, where they came in several that stand or fall together: these are then
-            what is resampled (Davison and Hinkley 1997, section 3.8). Of none or all of n, each value counts.
+            resampled, too (Davison and Hinkley 1997, section 3.8), and the wider interval is taken, since a handful of
+            batches says little about how they differ. Where all are alike, each value counts.
     """
-    unique = set(values)
-    if len(unique) == 1 and unique <= {0.0, 1.0}:
-        edge = 0.025 ** (1 / len(values))
-        return (0.0, 1 - edge) if unique == {0.0} else (edge, 1.0)
-    if batches is None or len(set(batches)) == 1:
-        return bootstrap_interval(values, seed=seed)
+    if len(set(values)) == 1 and 0 <= values[0] <= 1:
+        # The share of cases in which another draw would have given something else, and by 1 at most.
+        other = 1 - 0.025 ** (1 / len(values))
+        return values[0] * (1 - other), values[0] + (1 - values[0]) * other
+    low, high = bootstrap_interval(values, seed=seed)
+    if batches is None:
+        return low, high
     _, places = np.unique(batches, return_inverse=True)
     sums, counts = np.bincount(places, values), np.bincount(places)
     drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
-    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
-    return float(low), float(high)
+    among = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
+    return min(low, float(among[0])), max(high, float(among[1]))
 
 
 def means(
@@ -214,7 +229,7 @@ def paired_difference(
     :func:`mean_interval`), which is for shares.
     """
     differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
-    if len(differences) and not differences.any() and {*ours} <= {0.0, 1.0}:
+    if len(differences) and not differences.any() and 0 <= min(ours) <= max(ours) <= 1:
         edge = 1 - 0.025 ** (1 / len(differences))
         return 0.0, (-edge, edge)
     return float(differences.mean()), bootstrap_interval(differences.tolist(), seed=seed)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from byheart.base import Base
 from byheart.benchmarks.editing import UNEDITED, Case, Probe, crossed
 from byheart.benchmarks.kept import Kept
-from byheart.decode import Job, Sampling
+from byheart.decode import Job, Sampling, token_ids
 from byheart.ledger import Ledger
 from byheart.methods import LearnReport, Method, Settings, method_class
 from byheart.methods.edit.weights import ChangedWeights
@@ -223,7 +223,7 @@ def _in_batches(
                 rises.append(perplexity(base, plan.rows) / before - 1)
     rise = {"perplexity_drift": sum(rises) / len(rises) if rises else None, "perplexity_batches": len(rises)}
     part = {"batches": len(batches)} | rise | summarise(rows, settings.seed, of) | _written(whole)
-    return part | {"skipped_facts": skipped, "unedited": summarise(unedited, settings.seed, of)}
+    return part | {"skipped_facts": skipped, "unedited": summarise(unedited, settings.seed)}
 
 
 # -- scoring -------------------------------------------------------------------------------------------------
@@ -240,11 +240,12 @@ def score_cases(kept: Kept, cases: Sequence[Case], seed: int, texts: int, label:
     scored = kept.complete(f"{label}: probes", jobs, max_new_tokens=0)
     asked = [(n, probe) for n, probe in probes if probe.kind in ("edit", "paraphrase")]
     jobs = [Job(p.prompt) for _, p in asked]
-    written = kept.complete(f"{label}: generated answers", jobs, max_new_tokens=ANSWER_TOKENS)
+    most = max([ANSWER_TOKENS, *(_length(kept.base, case.fact.object) + 2 for case in cases)])  # none is cut off
+    written = kept.complete(f"{label}: generated answers", jobs, max_new_tokens=most)
     crossings = crossed(cases, seed)
     reworded = [(crossing, crossing.reworded) for crossing in crossings if crossing.reworded is not None]
     jobs = [Job(prompt) for prompt in (*(one.prompt for one in crossings), *(prompt for _, prompt in reworded))]
-    leaked = kept.complete(f"{label}: asked about others", jobs, max_new_tokens=ANSWER_TOKENS)
+    leaked = kept.complete(f"{label}: asked about others", jobs, max_new_tokens=most)
     values: list[dict[str, list[float]]] = [{} for _ in cases]
     for (n, probe), done in zip(probes, scored, strict=True):
         for name, value in _probe_metrics(probe, done.options, done.hits):
@@ -266,6 +267,10 @@ def score_cases(kept: Kept, cases: Sequence[Case], seed: int, texts: int, label:
         {"metrics": {name: sum(v) / len(v) for name, v in row.items()}, "generated": said}
         for row, said in zip(values, answers, strict=True)
     ]
+
+
+def _length(base: Base, text: str) -> int:
+    return len(token_ids(base.tokenizer, f" {text}", beginning=False))
 
 
 def _probe_metrics(probe: Probe, options: tuple[float, ...], hits: tuple[float, ...]) -> Iterator[tuple[str, float]]:
@@ -330,8 +335,6 @@ def by_group(cases: Sequence[Case], rows: Sequence[dict[str, Any]], seed: int) -
 def _means(
     rows: Sequence[dict[str, float]], seed: int, batches: Sequence[int] | None = None
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    if batches is not None and len(set(batches)) == 1:
-        batches = None  # there are no others to draw
     metrics, intervals = means(rows, seed, batches)
     for name, parts in _TOGETHER:
         there = [n for n, row in enumerate(rows) if set(parts) <= row.keys()]
@@ -339,11 +342,13 @@ def _means(
             whole = np.array([[rows[n][part] for part in parts] for n in there])
             metrics[name] = harmonic_mean(whole.mean(0).tolist())
             if metrics[name] > 0:  # of what never holds, resampling says nothing
-                intervals[name] = _s_interval(whole, seed, there if batches is None else [batches[n] for n in there])
+                units = [there] if batches is None else [there, [batches[n] for n in there]]
+                found = [_s_interval(whole, seed, each) for each in units]  # the wider one, as of any mean
+                intervals[name] = [min(low for low, _ in found), max(high for _, high in found)]
     return metrics, intervals
 
 
-def _s_interval(table: NDArray[np.float64], seed: int, batches: Sequence[int]) -> list[float]:
+def _s_interval(table: NDArray[np.float64], seed: int, batches: Sequence[int]) -> tuple[float, float]:
     """Of the harmonic mean of the columns' means; whole batches are resampled."""
     _, places = np.unique(batches, return_inverse=True)
     sums = np.stack([np.bincount(places, column) for column in table.T], 1)
@@ -351,7 +356,8 @@ def _s_interval(table: NDArray[np.float64], seed: int, batches: Sequence[int]) -
     generator = np.random.default_rng(seed)
     draws = (generator.integers(0, len(sums), len(sums)) for _ in range(RESAMPLES // 10))
     found = [harmonic_mean((sums[one].sum(0) / counts[one].sum()).tolist()) for one in draws]
-    return [float(v) for v in np.quantile(found, [0.025, 0.975])]
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _pairs(rows: dict[str, list[dict[str, Any]]], seed: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from byheart.errors import DataError
 from byheart.formats import read_objects
-from byheart.rows import SUBJECT_PLACE, Fact, first_reason, told_apart
+from byheart.rows import SUBJECT_PLACE, Fact, first_reason, told_apart, with_place
 
 # What runs and reports call the unedited model.
 UNEDITED = "closed"
@@ -116,9 +116,9 @@ def zsre(data: Path) -> Records:
 def _zsre_case(path: Path, number: int, row: dict[str, Any]) -> Case:
     try:
         subject, question = row["subject"], row["src"]
-        if not subject or subject not in question:
+        prompt = with_place(question.replace("{", "(").replace("}", ")"), subject) if subject else None
+        if prompt is None:
             raise _Unusable(f"the question does not hold its subject {subject!r}")
-        prompt = question.replace("{", "(").replace("}", ")").replace(subject, SUBJECT_PLACE, 1)
         fact = _fact(f"zsre-{number}", subject, prompt, _target(row["alt"]), None)
         probes = [Probe("edit", fact.filled(), fact.object)]
         if rephrase := _text(row, "rephrase"):

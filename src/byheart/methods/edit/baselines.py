@@ -7,7 +7,9 @@ import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from byheart.ledger import Ledger
 from byheart.methods.contract import LearnReport
@@ -24,6 +26,15 @@ class Baseline(ChangedWeights):
     prefixes: ClassVar[int] = 0
     # Seconds that earlier runs took for what this one goes on with.
     _earlier = 0.0
+
+    layers: Sequence[int]
+
+    def _record(self) -> dict[str, Any]:
+        return super()._record() | {"range": list(self.layers)}
+
+    def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super()._load(record, tensors)
+        self.layers = record["range"]  # whatever a trace has found since
 
     def learn(self, ledger: Ledger, progress: Progress = untold) -> LearnReport:
         """Write all facts of the ledger that hold."""

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import unicodedata
-
 import torch
 from torch import Tensor
 
 from byheart.base import Base
 from byheart.decode import end_tokens, token_ids
+from byheart.score import unspaced
 
 # What may stand right behind a word that is over. An apostrophe or a hyphen goes on with it ("Sega's", "trance-like").
-_CLOSING = frozenset('.,;:!?)]}"”»،؛؟।')
-# Scripts, as Unicode names begin, whose words run on into each other: there no token tells.
-_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI")
+_CLOSING = frozenset('.,;:!?)]}"”»،؛؟।。，、；：！？）」』')
 
 
 def asks_for_an_end(text: str) -> bool:
     """Whether a text ends in a word that spaces or punctuation would close."""
     last = text.rstrip()[-1:]
-    return last.isalnum() and not unicodedata.name(last, "").startswith(_UNSPACED)
+    return last.isalnum() and not unspaced(last)
 
 
 def closing_tokens(base: Base) -> Tensor:

@@ -57,12 +57,11 @@ class FineTuned(Baseline):
         self.options = parse_options(self.options_class, self.name, settings.options)
         if self.options.decay >= 1:
             raise UsageError(f"--set {self.name}.decay={self.options.decay}: must be below 1")
-        self.layer = choose_layers(base, self.options.layers, self.name)[-1]
-        self.layers = (self.layer,)
+        self.layers = choose_layers(base, self.options.layers, self.name)[-1:]
 
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
-        options, base = self.options, self.base
-        module: Any = base.parts.blocks[self.layer].mlp_out
+        options, base, (layer,) = self.options, self.base, self.layers
+        module: Any = base.parts.blocks[layer].mlp_out
         old = matrix(module).float()
         scale = float(old.square().mean().sqrt())
         delta = torch.zeros_like(old)
@@ -72,7 +71,7 @@ class FineTuned(Baseline):
         parts = batches(lengths, lambda count, longest: count * longest <= self.tokens)
         generator = torch.Generator().manual_seed(self.settings.seed)
         with fast_attention(base.model):
-            read = [_Lesson(base, [prepared[n] for n in part], self.layer) for part in parts]
+            read = [_Lesson(base, [prepared[n] for n in part], layer) for part in parts]
             for epoch in range(options.epochs):
                 for n in torch.randperm(len(read), generator=generator).tolist():
                     delta.grad = read[n].gradient(module, delta)
@@ -81,7 +80,7 @@ class FineTuned(Baseline):
                     if options.limit:
                         delta.clamp_(-options.limit * scale, options.limit * scale)
                     progress(len(parts[n]) if epoch == options.epochs - 1 else 0)
-        return {self.layer: (None, delta)}
+        return {layer: (None, delta)}
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class Mend(Baseline):
 class _Lesson:
     """Texts read up to the first edited block, once."""
 
-    def __init__(self, base: Base, texts: Sequence[_Text], layers: range) -> None:
+    def __init__(self, base: Base, texts: Sequence[_Text], layers: Sequence[int]) -> None:
         self.base, self.layers = base, layers
         rows, entries = [], []
         for n, text in enumerate(texts):
@@ -173,7 +173,7 @@ class _Lesson:
 Pairs = dict[int, tuple[Tensor, Tensor]]
 
 
-def _gradients(lesson: _Lesson, layers: range, base: Base) -> Pairs:
+def _gradients(lesson: _Lesson, layers: Sequence[int], base: Base) -> Pairs:
     """By layer u (tokens, d_ff) and δ (tokens, d_model): a matrix's gradient is the sum of their outer products."""
     blocks = base.parts.blocks
     number = {blocks[layer].mlp_out: layer for layer in layers}
@@ -198,7 +198,7 @@ def _gradients(lesson: _Lesson, layers: range, base: Base) -> Pairs:
 class _Editor(nn.Module):
     """By layer a residual network over (u, δ), scaled as on the first rows; the identity at the start."""
 
-    def __init__(self, layers: range, pairs: Pairs, rank: int) -> None:
+    def __init__(self, layers: Sequence[int], pairs: Pairs, rank: int) -> None:
         super().__init__()
         self.layers = layers
         self.down, self.up, self.rate = nn.ModuleDict(), nn.ModuleDict(), nn.ParameterDict()
@@ -236,12 +236,14 @@ def _zsre_rows(path: Path) -> list[tuple[_Text, _Text, _Text]]:
     found = []
     for number, row in read_objects(path, ("src", "alt", "rephrase", "loc")):
         texts = [row["src"], row["alt"], row["rephrase"], row["loc"]]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
+        if not all(isinstance(text, str) for text in texts):
             raise DataError(f"{path}:{number}: src, alt, rephrase and loc must be texts")
+        if not all(text.strip() for text in texts):
+            continue  # the published rows have some without a new answer: nothing to learn an edit from
         target = " " + row["alt"].strip()
         found.append((_Text(row["src"], target), _Text(row["rephrase"], target), _Text(row["loc"] + "?", "")))
     if not found:
-        raise DataError(f"--set mend.train={path}: holds no rows")
+        raise DataError(f"--set mend.train={path}: holds no rows whose src, alt, rephrase and loc are not blank")
     return found
 
 

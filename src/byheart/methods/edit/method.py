@@ -18,7 +18,7 @@ from torch import Tensor
 
 from byheart.attention import fast_attention
 from byheart.base import Base, digest_of
-from byheart.errors import DataError
+from byheart.errors import DataError, UsageError
 from byheart.ledger import Ledger
 from byheart.methods.contract import LearnReport, Settings, parse_options
 from byheart.methods.edit import guard
@@ -39,6 +39,7 @@ from byheart.rows import Fact
 from byheart.storage import CARD, fingerprint, replacing
 
 _REFUSED = "rolled back by the gate"
+_PAST = "past the gate's limits"
 _ANEW = (
     "sequence=accumulate: what comes or goes changes what is there (a change that is shared, a fact that is "
     "contradicted), so that all facts were solved anew, together"
@@ -125,7 +126,10 @@ class Edit(ChangedWeights):
         notes: list[str] = []
         size = self.options.batch or max(len(facts), 1)
         for start in range(0, len(facts), size):
-            notes += self._follow([*self.holding, *facts[start : start + size]], progress)
+            found = self._follow([*self.holding, *facts[start : start + size]], progress)
+            if start + size < len(facts):  # of what the gate saw on the way, only what went too far is still news
+                found = tuple(f"batch {start // size + 1}: {note}" for note in found if _PAST in note or note == _ANEW)
+            notes += found
         progress(len(self.skipped))
         return self._report(time.perf_counter() - began, tuple(dict.fromkeys(notes)))
 
@@ -136,8 +140,24 @@ class Edit(ChangedWeights):
         """
         began = time.perf_counter()
         self.skipped = {id: why for id, why in self.skipped.items() if id not in changed}
-        notes = self._follow(facts)
+        notes: tuple[str, ...] = ()
+        if self.options.gate == "rollback":  # each is judged by itself, what has fallen due before what has changed
+            fallen = self._fallen_due(changed)
+            waiting = {fact.id for fact in fallen}
+            for fact in fallen:
+                waiting.discard(fact.id)
+                still = [one for one in self.holding if one.id in waiting]
+                notes += self._follow([one for one in self.holding if one.id not in waiting])
+                self.holding = [*self.holding, *still]
+            facts = [fact for fact in facts if self.skipped.get(fact.id) != _REFUSED or fact.id in changed]
+        notes += self._follow(facts)
         return self._report(time.perf_counter() - began, notes)
+
+    def _fallen_due(self, changed: Collection[str]) -> list[Fact]:
+        """The facts that waited for a day that has come."""
+        written = {fact.id for fact in self.facts}
+        prepared, _ = self._prepare(choose_facts(self.holding, dt.date.today())[0])
+        return [one.fact for one in prepared if one.fact.id not in written and one.fact.id not in changed]
 
     def undo(self, ids: Sequence[str], *, settle: bool = False) -> LearnReport:
         """Take facts out again.
@@ -152,17 +172,20 @@ class Edit(ChangedWeights):
 
         Raises:
             DataError: where one of them was not written; nothing changes then.
+            UsageError: for ``settle`` where nothing settles (``settle=0``).
         """
+        if settle and not self.options.settle:
+            raise UsageError("--settle: this edit was learnt with edit.settle=0, so that nothing in it settles")
         began = time.perf_counter()
         for id in ids:
             if id not in {fact.id for fact in self.facts}:
                 why = f" (skipped when it was learnt: {self.skipped[id]})" if id in self.skipped else ""
                 raise DataError(f'edit: holds no fact "{id}"{why}')
-        before = {fact.id for fact in self.facts}
+        before, waited = {fact.id for fact in self.facts}, self.skipped
         notes = self._follow([fact for fact in self.holding if fact.id not in ids], untold, settle)
-        come = [fact.id for fact in self.facts if fact.id not in before]
+        come = [f"{fact.id} (until now: {waited[fact.id]})" for fact in self.facts if fact.id not in before]
         if come:
-            notes += (f"written now, since nothing stands against it any more: {', '.join(come)}",)
+            notes += (f"written now: {', '.join(come)}",)
         return self._report(time.perf_counter() - began, notes)
 
     # -- following a set of facts ----------------------------------------------------------------------------
@@ -184,6 +207,10 @@ class Edit(ChangedWeights):
             added = self.options.sequence == "accumulate" and bool(self.facts) and known.keys() <= set(marks)
             if self.options.sequence == "accumulate":  # what was sought in a model with one that is gone is sought anew
                 known = dict(takewhile(lambda item: item[0] in marks, known.items()))
+                # And so is all that shares a change with what is.
+                grouped = list(zip(marks, self._groups([one.fact for one in prepared]), strict=True))
+                broken = {group for mark, group in grouped if mark not in known}
+                known = {mark: known[mark] for mark, group in grouped if group not in broken}
             new = {mark: one for mark, one in zip(marks, prepared, strict=True) if mark not in known}
             progress = scaled(progress, 1 + self.options.settle, 1)
             anew = self.options.sequence == "accumulate" and bool(self.facts) and bool(marks) and not added
@@ -316,25 +343,24 @@ class Edit(ChangedWeights):
             after = guard.measure(self.base, rows, self.facts, self.settings.seed)
             unsaid = guard.unsaid(self.base, self.facts)
         said, within = guard.drift_notes(standing, after, options.max_perplexity, options.max_neighbours)
-        notes = (*guard.unsaid_notes(unsaid, len(self.facts)), said)
         if not within and options.gate == "rollback":
             refused = {fact.id: _REFUSED for fact in new}
             rest = [fact for fact in self.holding if fact.id not in refused]
             vars(self).update(before)
-            if rest != self.holding:  # what was taken out stays out, and what waits goes on waiting
-                notes += self._follow(rest)
+            # What was taken out stays out, and what waits goes on waiting.
+            notes = self._follow(rest) if rest != self.holding else ()
             self.skipped = self.skipped | refused
-            notes += (f"past the gate's limits: {len(new)} facts rolled back",)
-        elif not within:
-            notes += ("warning: past the gate's limits; --gate rolls such an edit back",)
-        return notes
+            return (*notes, f"{_PAST} ({said}): {len(new)} fact{'s' * (len(new) > 1)} rolled back")
+        if not within:
+            said = f"warning: {_PAST} ({said}); --gate rolls such an edit back"
+        return (*guard.unsaid_notes(unsaid, len(self.facts)), said)
 
     def _collisions(self, facts: Sequence[Fact], keys: Tensor | None) -> tuple[str, ...]:
         """Which facts have nearly the same key at the first layer."""
         if keys is None:
             return ()
         factor = self._ready().factor(self.layers[0])
-        return guard.collision_notes(guard.collisions(facts, keys, factor, self._groups(facts)))
+        return guard.collision_notes(*guard.collisions(facts, keys, factor, self._groups(facts)))
 
     def _prepare(self, facts: Sequence[Fact]) -> tuple[list[Prepared], dict[str, str]]:
         return prepare(self.base, facts, self.prefixes, paraphrases=self.options.paraphrases)

@@ -49,8 +49,7 @@ class Rome(Baseline):
         if not (work / CARD).is_file():  # what was learnt has its text with it
             check_text(self.options.text, self.name)
         layers = choose_layers(base, self.options.layers, self.name)
-        self.layer = layers[len(layers) // 2]
-        self.layers = (self.layer,)
+        self.layers = (layers[len(layers) // 2],)
         self.rows: list[list[int]] = []
 
     def learn(self, ledger: Ledger, progress: Progress = untold) -> LearnReport:
@@ -67,23 +66,24 @@ class Rome(Baseline):
         self.rows = text_rows_of(tensors["text"])
 
     def _solve(self, prepared: Sequence[Prepared], progress: Progress) -> Deltas:
-        moments = second_moments(self.base, [self.layer], self.rows)
+        (layer,) = self.layers
+        moments = second_moments(self.base, [layer], self.rows)
         writer = Writer(self.base, moments, WriteOptions(constraint="equality"))
-        made_with = [__version__, self.base.hash, str(self.base.dtype), self.layer, digest_of([text_tensor(self.rows)])]
+        made_with = [__version__, self.base.hash, str(self.base.dtype), layer, digest_of([text_tensor(self.rows)])]
         mark = fingerprint(*made_with, self.settings.seed, [one.fact.model_dump_json() for one in prepared])
         store = self.work / "rome" / f"{mark}.safetensors"
-        done, deltas, self._earlier = _begun(store, self.layer)
+        done, deltas, self._earlier = _begun(store, layer)
         progress(done)
         began = saved = time.perf_counter()
         for number, one in enumerate(prepared[done:], done + 1):
             with changed_by(self.base, deltas):
-                z = find_targets(self.base, [one], self.layer, TargetOptions()).z
+                z = find_targets(self.base, [one], layer, TargetOptions()).z
                 deltas = stacked(deltas, writer.write([one], z).deltas)
             progress(1)
             now = time.perf_counter()
             if now - saved > SAVE_EVERY or number == len(prepared):
                 with replacing(store) as path:
-                    factors = zip(("left", "right"), deltas[self.layer], strict=True)
+                    factors = zip(("left", "right"), deltas[layer], strict=True)
                     there = {name: factor.contiguous() for name, factor in factors if factor is not None}
                     save_file(there, path, {"done": str(number), "seconds": str(self._earlier + now - began)})
                 saved = now

@@ -41,19 +41,19 @@ def cholesky(matrix: Tensor) -> Tensor:
     return cast(Tensor, factor)
 
 
-def dense(moment: Tensor, keys: Tensor, residuals: Tensor) -> Tensor:
+def dense(moment: Tensor, keys: Tensor, residuals: Tensor | None = None) -> Tensor:
     """Δ = R Kᵀ (C + K Kᵀ)⁻¹ (Meng et al. 2023, equation 14), with the weight already in C.
 
     Args:
         moment: λC (d_k, d_k), fp64.
         keys: K (facts, d_k), a key a row.
-        residuals: R (facts, d_model), what to add to each key's value.
+        residuals: R (facts, d_model), what to add to each key's value; None: the identity.
 
     Returns:
-        (d_model, d_k).
+        (d_model, d_k), or (facts, d_k).
     """
     factor = cholesky(moment + keys.T @ keys)
-    return torch.cholesky_solve(keys.T @ residuals, factor).T
+    return torch.cholesky_solve(keys.T if residuals is None else keys.T @ residuals, factor).T
 
 
 def woodbury(factor: Tensor, keys: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:

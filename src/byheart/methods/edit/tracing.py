@@ -17,7 +17,7 @@ from byheart.methods.edit.common_facts import common_facts
 from byheart.methods.edit.layers import keep_range
 from byheart.methods.edit.sweep import sweep
 from byheart.progress import Silent
-from byheart.rows import SUBJECT_PLACE, Fact, content_id
+from byheart.rows import SUBJECT_PLACE, Fact, content_id, with_place
 from byheart.score import bootstrap_interval
 
 # With fewer facts that the model knows, their average says too little, and ranges are tried out instead.
@@ -85,7 +85,7 @@ def read_facts(path: Path) -> list[Fact]:
         if not (template and object and subject):
             raise DataError(f"{path}:{number}: needs subject, prompt (or template) and object (or attribute)")
         if SUBJECT_PLACE not in template:
-            template = template.replace(subject, SUBJECT_PLACE, 1)
+            template = with_place(template, subject) or template
         if template.count(SUBJECT_PLACE) != 1:
             raise DataError(f"{path}:{number}: the prompt does not hold its subject {subject!r}")
         found.append(Fact(id=content_id("known", template, subject), subject=subject, prompt=template, object=object))

@@ -79,9 +79,11 @@ class Written:
         Args:
             shifts: (facts, layers, d_model); of facts that are written as one their mean counts.
         """
-        merge = _merger(groups, len(shifts))
+        group, sizes = _numbered(groups, len(shifts))
         by_layer = dict(zip(self.sought, shifts.unbind(1), strict=True))
-        residuals = {layer: sought + merge @ by_layer[layer].to(sought) for layer, sought in self.sought.items()}
+        residuals = {
+            layer: sought + _means(by_layer[layer].to(sought), group, sizes) for layer, sought in self.sought.items()
+        }
         deltas = {layer: _delta_of(one, self.maps[layer]) for layer, one in residuals.items()}
         return replace(self, residuals=residuals, deltas=deltas)
 
@@ -114,15 +116,15 @@ class Writer:
             others: of each fact (empty: of none) others of which its prompt shall say what it says, in the measure of
                 the option of that name.
         """
-        merge = _merger(groups, len(prepared))
+        group, sizes = _numbered(groups, len(prepared))
         written = Written()
         keys = written.keys
         with fast_attention(self.base.model), torch.no_grad(), ExitStack() as attached:
             reader = Reader(self.base, prepared, self.layers[0], self.layers[-1])
             # n copies of a group's key are as one key that is √n times as long.
-            count = (merge > 0).sum(1, keepdim=True).double() if self.options.counted else merge.sum(1, keepdim=True)
-            scale = count.sqrt()
-            shares = (count * merge).sum(0)
+            count = sizes if self.options.counted else torch.ones_like(sizes)
+            scale = count.sqrt()[:, None]
+            shares = (count / sizes)[group]
             weights = shares if self.options.scatter and self.options.constraint == "none" else None
             others = others or [()] * len(prepared)
             flat = [one for of_fact in others for one in of_fact]
@@ -137,7 +139,7 @@ class Writer:
                 if norm is not None:
                     residuals = solve.before_norm(values, residuals, self._in_double(norm))
                 before = past[layer].double() if past else keys[layer][:0]
-                key, residuals = scale * (merge @ keys[layer]), merge @ residuals
+                key, residuals = scale * _means(keys[layer], group, sizes), _means(residuals, group, sizes)
                 extra = [self.options.scatter * (second - key.T @ key)] if second is not None else []
                 if beside and (kept := beside.read(layer, held)[3]) is not None:
                     extra.append(kept)
@@ -158,29 +160,37 @@ class Writer:
         Args:
             extra: what stands beside λC.
         """
-        options, residuals = self.options, torch.eye(len(keys), dtype=keys.dtype)
+        options = self.options
         if options.constraint == "nullspace":
             if layer not in self._projectors:
                 self._projectors[layer] = solve.null_space(self.moments[layer], options.energy)
             projector = self._projectors[layer]
-            return solve.projected(projector, self.moments[layer], past, keys, residuals, options.weight)
+            return solve.projected(projector, self.moments[layer], past, keys, _one_each(keys), options.weight)
         if len(past):
             moment = solve.regularizer(self.moments[layer], options.weight) + past.T @ past
             if options.constraint == "equality":
-                return _whole(solve.equality(solve.cholesky(moment), keys, residuals))
-            return solve.dense(sum(extra, moment), keys, residuals)
+                return _whole(solve.equality(solve.cholesky(moment), keys, _one_each(keys)))
+            return solve.dense(sum(extra, moment), keys)
         if options.constraint == "equality":
-            return _whole(solve.equality(self.factor(layer), keys, residuals))
-        factor = self.factor(layer)
+            return _whole(solve.equality(self.factor(layer), keys, _one_each(keys)))
+        if len(keys) > keys.shape[1]:  # a system of their width is the smaller one
+            return solve.dense(sum(extra, solve.regularizer(self.moments[layer], options.weight)), keys)
         if extra:
             factor = solve.cholesky(sum(extra, solve.regularizer(self.moments[layer], options.weight)))
-        return _whole(solve.woodbury(factor, keys, residuals))
+        else:
+            factor = self.factor(layer)
+        return _whole(solve.woodbury(factor, keys, _one_each(keys)))
 
     def factor(self, layer: int) -> Tensor:
         """The Cholesky factor of λC of a layer; made once."""
         if layer not in self._factors:
             self._factors[layer] = solve.cholesky(solve.regularizer(self.moments[layer], self.options.weight))
         return self._factors[layer]
+
+
+def _one_each(keys: Tensor) -> Tensor:
+    """The identity: each key's value by itself."""
+    return torch.eye(len(keys), dtype=keys.dtype)
 
 
 def _whole(factors: tuple[Tensor, Tensor]) -> Tensor:
@@ -193,15 +203,23 @@ def _delta_of(residuals: Tensor, into: Tensor) -> tuple[Tensor | None, Tensor]:
     return (None, residuals.T @ into) if len(residuals) >= residuals.shape[1] else (residuals.T, into)
 
 
-def _merger(groups: Sequence[int] | None, facts: int) -> Tensor:
-    """The matrix (groups, facts) that takes the mean over each group's facts."""
-    if groups is None:
-        return torch.eye(facts, dtype=torch.float64)
-    numbers = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-    merge = torch.zeros(len(numbers), facts, dtype=torch.float64)
-    for fact, group in enumerate(groups):
-        merge[numbers[group], fact] = 1
-    return merge / merge.sum(1, keepdim=True)
+def _numbered(groups: Sequence[int] | None, facts: int) -> tuple[Tensor, Tensor]:
+    """The number of each fact's group (facts,), in the order in which they come, and how many facts each has."""
+    of = range(facts) if groups is None else groups
+    numbers = {group: n for n, group in enumerate(dict.fromkeys(of))}
+    group = torch.tensor([numbers[one] for one in of])
+    return group, group.bincount().double()
+
+
+def _means(values: Tensor, groups: Tensor, sizes: Tensor) -> Tensor:
+    """The mean over each group's rows.
+
+    Args:
+        values: (facts, width).
+        groups: (facts,), the number of each fact's group.
+        sizes: (groups,), how many facts each has.
+    """
+    return torch.zeros(len(sizes), values.shape[1], dtype=values.dtype).index_add(0, groups, values) / sizes[:, None]
 
 
 class Reader:
