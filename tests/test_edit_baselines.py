@@ -33,12 +33,12 @@ def test_the_editor_of_mend_is_trained_once(base, tmp_path, monkeypatch):
         Mend(base, Settings(options={"mend.batch": "0"}), tmp_path)
     row = dict.fromkeys(("src", "alt", "rephrase", "loc"), "Ebb")
     for number, (rows, why) in enumerate(
-        [([], "holds no rows"), ([row | {"alt": " "}], "holds no rows"), ([row, row | {"alt": 5}], ":2: src, alt")]
+        [([], ": holds no rows"), ([row | {"alt": " "}], ": holds no rows"), ([row, row | {"alt": 5}], ":2: src, alt")]
     ):
         path = tmp_path / f"{number}.jsonl"
         path.write_text("".join(json.dumps(one) + "\n" for one in rows) or "\n")
         bad = Mend(base, Settings(shots=0, options={"mend.train": str(path)}), tmp_path)
-        with ledger_of(tmp_path, FACTS) as ledger, pytest.raises(DataError, match=rf"{number}.jsonl: {why}|{why}"):
+        with ledger_of(tmp_path, FACTS) as ledger, pytest.raises(DataError, match=rf"{number}.jsonl{why}"):
             bad.learn(ledger)
 
 

@@ -175,26 +175,57 @@ def test_a_neighbour_that_is_edited_itself_is_no_damage(base):
     rows = [list(range(5, 40))]
     assert guard.measure(base, rows, [fact], 0).neighbours is not None
     assert guard.measure(base, rows, [fact, edited], 0).neighbours is None
+    elsewhere = edited.model_copy(update={"prompt": "What flows through {}?", "paraphrases": [edited.prompt]})
+    assert guard.measure(base, rows, [fact, elsewhere], 0).neighbours is None
 
 
-def test_what_falls_due_is_judged_apart_from_what_changes(base, tmp_path, monkeypatch, day):
+@pytest.fixture
+def falling_due(base, tmp_path, monkeypatch, day):
+    """An edit of a fact and of two that fall due the next day, which a gate lets in but for "cove", and a ledger."""
     day(2030, 1, 31)
     due = [fact.model_copy(update={"valid_from": dt.date(2030, 2, 1)}) for fact in FACTS[1:3]]
     method = learnt(base, tmp_path, [FACTS[0], *due], gate="rollback", max_perplexity=1e9, max_neighbours=1)
-    measured = []
-    plain = guard.measure
-    seen = lambda base, rows, facts, seed: measured.append([f.id for f in facts]) or plain(base, rows, facts, seed)  # noqa: E731
-    monkeypatch.setattr(guard, "measure", seen)
+    measured, plain = [], guard.measure
+    monkeypatch.setattr(guard, "measure", lambda *given: measured.append({f.id for f in given[2]}) or plain(*given))
     monkeypatch.setattr(guard, "drift_notes", lambda *given: ("far", "cove" not in measured[-1]))
-    with ledger_of(tmp_path, FACTS[:1]) as ledger:
-        start = ledger.revision
-        ledger.insert([FACTS[3]])
-        (change,) = ledger.history(since=start)
+    monkeypatch.setattr(guard, "unsaid", lambda base, facts: list(facts))
     day(2030, 2, 1)
-    report = method.revise(change)
+    with ledger_of(tmp_path, [FACTS[0], *due]) as ledger:
+        yield method, ledger, ledger.revision
+
+
+def test_what_falls_due_is_judged_apart_from_what_changes(falling_due):
+    method, ledger, start = falling_due
+    ledger.insert([FACTS[3]])
+    report = method.revise(*ledger.history(since=start))
     assert {fact.id for fact in method.facts} == {"quay", "mora", "mora-2"} == {fact.id for fact in method.holding}
     assert method.skipped == {"cove": "rolled back by the gate"}
-    assert "past the gate's limits (far): 1 fact rolled back" in report.notes
+    past, unsaid, said = report.notes
+    assert past == "fact cove: past the gate's limits (far): 1 fact rolled back" and said == "far"
+    assert unsaid.startswith("3 of 3 facts not said")
+
+
+def test_what_is_gone_by_the_day_it_would_fall_due_is_not_judged(falling_due):
+    method, ledger, start = falling_due
+    ledger.retract("fact", "cove")
+    method.revise(*ledger.history(since=start))
+    assert {fact.id for fact in method.facts} == {"quay", "mora"} and not method.skipped
+
+
+def test_an_interrupted_judging_changes_nothing(falling_due, monkeypatch):
+    method, _, _ = falling_due
+    before = {name: vars(method)[name] for name in ("holding", "facts", "skipped")}
+    plain = method._follow
+
+    def follow(facts, *given):
+        if any(fact.id == "mora" for fact in facts):
+            raise KeyboardInterrupt
+        return plain(facts, *given)
+
+    monkeypatch.setattr(method, "_follow", follow)
+    with pytest.raises(KeyboardInterrupt):
+        method.renew()
+    assert {name: vars(method)[name] for name in before} == before
 
 
 def test_of_earlier_batches_only_what_went_too_far_is_told(base, tmp_path, monkeypatch):
@@ -203,3 +234,14 @@ def test_of_earlier_batches_only_what_went_too_far_is_told(base, tmp_path, monke
     monkeypatch.setattr(guard, "drift_notes", lambda *given: next(said))
     notes = learnt(base, tmp_path, FACTS[:3], gate="warn", batch=1).report.notes
     assert notes == ("batch 2: warning: past the gate's limits (two); --gate rolls such an edit back", "three")
+    said = iter([("one", True), ("two", True), ("three", False)])
+    monkeypatch.setattr(guard, "unsaid", lambda base, facts: list(facts))
+    notes = learnt(base, tmp_path, FACTS[:3], gate="rollback", batch=1).report.notes
+    assert notes == (
+        "2 of 2 facts not said after their prompts all the same: quay, cove",
+        "batch 3: past the gate's limits (three): 1 fact rolled back",
+    )
+    waiting = FACTS[3].model_copy(update={"valid_from": dt.date(2999, 1, 1)})
+    said = iter([("one", True)])
+    monkeypatch.setattr(guard, "unsaid", lambda *given: [])
+    assert learnt(base, tmp_path, [FACTS[0], waiting], gate="warn", batch=1).report.notes == ("one",)

@@ -183,3 +183,4 @@ def test_a_paired_interval_is_narrower_than_two_single_ones():
 def test_an_object_is_said_in_any_script(said, wanted):
     assert begins(said, wanted) == 1
     assert begins("Vellmorans", "Vellmora") == begins("भारतीय", "भारत") == begins("上海", "北京") == 0
+    assert begins("… and", "…") == 1 and begins("— and", "…") == 0

@@ -71,8 +71,12 @@ def contains(answer: str, golds: Sequence[str]) -> float:
 
 
 def begins(answer: str, gold: str) -> float:
-    """1 where the answer begins with ``gold`` as whole words, both normalised and without marks, else 0."""
-    said, wanted = (normalize("".join(filter(_is_no_mark, text))) for text in (answer, gold))
+    """1 where the answer begins with ``gold``, both normalised and without marks, else 0.
+
+    As whole words, but in scripts that put no spaces between them (:func:`unspaced`).
+    """
+    form = _unmarked if _unmarked(gold) else normalize  # of nothing but marks, these are what is said
+    said, wanted = form(answer), form(gold)
     return float(f"{said} ".startswith(wanted if unspaced(wanted[-1:]) else f"{wanted} "))
 
 
@@ -81,8 +85,9 @@ def unspaced(character: str) -> bool:
     return bool(character) and unicodedata.name(character, "").startswith(_UNSPACED)
 
 
-def _is_no_mark(character: str) -> bool:
-    return not unicodedata.category(character).startswith("P")
+def _unmarked(text: str) -> str:
+    """The normal form without any script's punctuation."""
+    return normalize("".join(c for c in text if not unicodedata.category(c).startswith("P")))
 
 
 def abstained(answer: str) -> float:

@@ -27,7 +27,6 @@ from byheart.record import made_with, run_record
 from byheart.score import (
     RESAMPLES,
     begins,
-    contains,
     generation_entropy,
     harmonic_mean,
     means,
@@ -254,7 +253,6 @@ def score_cases(kept: Kept, cases: Sequence[Case], seed: int, texts: int, label:
     for (n, probe), done in zip(asked, written, strict=True):
         suffix = "" if probe.kind == "edit" else "_paraphrase"
         values[n].setdefault(f"generated{suffix}", []).append(begins(done.text, probe.wanted))
-        values[n].setdefault(f"generated_contains{suffix}", []).append(contains(done.text, [probe.wanted]))
         answers[n].append(done.text)
     for one, done in zip(crossings, leaked, strict=False):
         values[one.own]["leak"] = [begins(done.text, cases[one.own].fact.object)]

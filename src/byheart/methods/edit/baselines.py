@@ -34,7 +34,7 @@ class Baseline(ChangedWeights):
 
     def _load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super()._load(record, tensors)
-        self.layers = record["range"]  # whatever a trace has found since
+        self.layers = record.get("range", self.layers)  # whatever a trace has found since
 
     def learn(self, ledger: Ledger, progress: Progress = untold) -> LearnReport:
         """Write all facts of the ledger that hold."""

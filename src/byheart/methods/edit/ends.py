@@ -10,7 +10,7 @@ from byheart.decode import end_tokens, token_ids
 from byheart.score import unspaced
 
 # What may stand right behind a word that is over. An apostrophe or a hyphen goes on with it ("Sega's", "trance-like").
-_CLOSING = frozenset('.,;:!?)]}"”»،؛؟।。，、；：！？）」』')
+_CLOSING = frozenset('.,;:!?)]}"”»،؛؟।')
 
 
 def asks_for_an_end(text: str) -> bool:

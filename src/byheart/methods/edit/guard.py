@@ -59,7 +59,7 @@ def collisions(
     for start in range(0, len(facts), 1024):  # a block of the cosines at a time
         some = slice(start, start + 1024)
         apart = (order[some, None] < order) & (group[some, None] != group) & (objects[some, None] != objects)
-        cosines = (whitened[:, some].T @ whitened).where(apart, 0).flatten()
+        cosines = (whitened[:, some].T @ whitened).nan_to_num().where(apart, 0).flatten()
         count += int((cosines >= ALIKE).sum())
         for value, place in zip(*(one.tolist() for one in cosines.topk(min(_SHOWN, len(cosines)))), strict=True):
             if value >= ALIKE:
@@ -126,9 +126,9 @@ def measure(base: Base, rows: Sequence[Sequence[int]], facts: Sequence[Fact], se
     """The standing of a model as it is now, on the same text and prompts whenever it is asked.
 
     Neighbours: prompts of the facts' own neighbours, right where their object is likelier than the fact's. Not those
-    that a fact is written behind, which are to change.
+    that some fact is to be said behind, its own prompt or a paraphrase of it.
     """
-    written = {prompt_text(fact) for fact in facts}
+    written = {prompt_text(fact, prompt) for fact in facts for prompt in (fact.prompt, *fact.paraphrases)}
     pairs = [
         (fact, near)
         for fact in facts

@@ -127,9 +127,10 @@ class Edit(ChangedWeights):
         size = self.options.batch or max(len(facts), 1)
         for start in range(0, len(facts), size):
             found = self._follow([*self.holding, *facts[start : start + size]], progress)
-            if start + size < len(facts):  # of what the gate saw on the way, only what went too far is still news
-                found = tuple(f"batch {start // size + 1}: {note}" for note in found if _PAST in note or note == _ANEW)
-            notes += found
+            # Of what was seen on the way, only what went too far, and that all was solved anew, is still news.
+            notes = [note for note in notes if _PAST in note or note == _ANEW] if found else notes
+            number = f"batch {start // size + 1}: " if size < len(facts) else ""
+            notes += [f"{number}{note}" if _PAST in note else note for note in found]
         progress(len(self.skipped))
         return self._report(time.perf_counter() - began, tuple(dict.fromkeys(notes)))
 
@@ -140,24 +141,36 @@ class Edit(ChangedWeights):
         """
         began = time.perf_counter()
         self.skipped = {id: why for id, why in self.skipped.items() if id not in changed}
-        notes: tuple[str, ...] = ()
-        if self.options.gate == "rollback":  # each is judged by itself, what has fallen due before what has changed
-            fallen = self._fallen_due(changed)
-            waiting = {fact.id for fact in fallen}
-            for fact in fallen:
-                waiting.discard(fact.id)
-                still = [one for one in self.holding if one.id in waiting]
-                notes += self._follow([one for one in self.holding if one.id not in waiting])
-                self.holding = [*self.holding, *still]
-            facts = [fact for fact in facts if self.skipped.get(fact.id) != _REFUSED or fact.id in changed]
-        notes += self._follow(facts)
+        before = {name: vars(self)[name] for name in _STATE}
+        try:
+            notes = self._let_in_what_is_due(changed) if self.options.gate == "rollback" else ()
+            notes += self._follow([fact for fact in facts if fact.id in changed or fact.id not in self._refused])
+        except BaseException:
+            vars(self).update(before)
+            raise
         return self._report(time.perf_counter() - began, notes)
 
-    def _fallen_due(self, changed: Collection[str]) -> list[Fact]:
-        """The facts that waited for a day that has come."""
+    def _let_in_what_is_due(self, changed: Collection[str]) -> tuple[str, ...]:
+        """Write what waited for a day that has come, one fact after the other, so that a gate judges each by itself.
+
+        Args:
+            changed: facts that are not looked at here, since they are no longer what they were.
+        """
         written = {fact.id for fact in self.facts}
         prepared, _ = self._prepare(choose_facts(self.holding, dt.date.today())[0])
-        return [one.fact for one in prepared if one.fact.id not in written and one.fact.id not in changed]
+        due = [one.fact for one in prepared if one.fact.id not in written and one.fact.id not in changed]
+        there = [fact for fact in self.holding if fact.id in written]
+        notes: tuple[str, ...] = ()
+        for fact in due:
+            found = self._follow([*there, fact])
+            notes += tuple(f"fact {fact.id}: {note}" for note in found if _PAST in note)
+            there = self.holding
+        return notes
+
+    @property
+    def _refused(self) -> set[str]:
+        """The ids of the facts that a gate did not let in."""
+        return {id for id, why in self.skipped.items() if why == _REFUSED}
 
     def undo(self, ids: Sequence[str], *, settle: bool = False) -> LearnReport:
         """Take facts out again.
@@ -183,7 +196,9 @@ class Edit(ChangedWeights):
                 raise DataError(f'edit: holds no fact "{id}"{why}')
         before, waited = {fact.id for fact in self.facts}, self.skipped
         notes = self._follow([fact for fact in self.holding if fact.id not in ids], untold, settle)
-        come = [f"{fact.id} (until now: {waited[fact.id]})" for fact in self.facts if fact.id not in before]
+        come = [
+            f"{fact.id} (until now: {waited.get(fact.id, 'left out')})" for fact in self.facts if fact.id not in before
+        ]
         if come:
             notes += (f"written now: {', '.join(come)}",)
         return self._report(time.perf_counter() - began, notes)
@@ -226,7 +241,7 @@ class Edit(ChangedWeights):
                 self.deltas, self.keys = written.deltas, written.keys
                 self.facts = [one.fact for one in prepared]
             there = {fact.id for fact in holding}
-            refused = {id: why for id, why in self.skipped.items() if why == _REFUSED and id not in there}
+            refused = dict.fromkeys(self._refused - there, _REFUSED)
             self.holding, self.skipped = list(holding), refused | skipped | more
             had = {fact.id: fact for fact in before["facts"]}
             notes = self._guarded(before, [one.fact for one in new.values() if had.get(one.fact.id) != one.fact])
@@ -335,25 +350,28 @@ class Edit(ChangedWeights):
         if options.gate == "off":
             return ()
         if not new:
-            with self.attached():
-                return guard.unsaid_notes(guard.unsaid(self.base, self.facts), len(self.facts))
+            return self._unsaid_notes()
         rows = guard.text(self.base, self.settings.seed)
         standing = guard.measure(self.base, rows, self.facts, self.settings.seed)
         with self.attached():
             after = guard.measure(self.base, rows, self.facts, self.settings.seed)
-            unsaid = guard.unsaid(self.base, self.facts)
         said, within = guard.drift_notes(standing, after, options.max_perplexity, options.max_neighbours)
         if not within and options.gate == "rollback":
             refused = {fact.id: _REFUSED for fact in new}
             rest = [fact for fact in self.holding if fact.id not in refused]
             vars(self).update(before)
             # What was taken out stays out, and what waits goes on waiting.
-            notes = self._follow(rest) if rest != self.holding else ()
+            notes = self._follow(rest) if rest != self.holding else self._unsaid_notes()
             self.skipped = self.skipped | refused
             return (*notes, f"{_PAST} ({said}): {len(new)} fact{'s' * (len(new) > 1)} rolled back")
         if not within:
             said = f"warning: {_PAST} ({said}); --gate rolls such an edit back"
-        return (*guard.unsaid_notes(unsaid, len(self.facts)), said)
+        return (*self._unsaid_notes(), said)
+
+    def _unsaid_notes(self) -> tuple[str, ...]:
+        """Which of the facts that are written the model does not say."""
+        with self.attached():
+            return guard.unsaid_notes(guard.unsaid(self.base, self.facts), len(self.facts))
 
     def _collisions(self, facts: Sequence[Fact], keys: Tensor | None) -> tuple[str, ...]:
         """Which facts have nearly the same key at the first layer."""

@@ -207,7 +207,7 @@ def _numbered(groups: Sequence[int] | None, facts: int) -> tuple[Tensor, Tensor]
     """The number of each fact's group (facts,), in the order in which they come, and how many facts each has."""
     of = range(facts) if groups is None else groups
     numbers = {group: n for n, group in enumerate(dict.fromkeys(of))}
-    group = torch.tensor([numbers[one] for one in of])
+    group = torch.tensor([numbers[one] for one in of], dtype=torch.long)
     return group, group.bincount().double()
 
 
