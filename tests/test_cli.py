@@ -238,7 +238,7 @@ def test_edit_undo_export_and_trace(tmp_path, smollm):
     assert "rank 2" in byheart("export", "known", "--to", "peft", "--out", "lora", cwd=tmp_path).stdout
     assert byheart("export", "known", "--to", "merged", "--out", "whole", cwd=tmp_path).returncode == 0
     assert byheart("doctor", "--base", "whole", "--json", cwd=tmp_path).returncode == 0
-    assert "left: 1 facts" in byheart("undo", "known", "river", cwd=tmp_path).stdout
+    assert "left: 1 fact in" in byheart("undo", "known", "river", cwd=tmp_path).stdout
     done = byheart("undo", "known", "river", cwd=tmp_path)
     assert done.returncode == 3 and 'holds no fact "river"' in done.stderr
     # The ledger goes on; what was learnt follows: one of two that contradicted each other is gone, so the other holds.
@@ -246,7 +246,7 @@ def test_edit_undo_export_and_trace(tmp_path, smollm):
     done = byheart("follow", "known", "l.db", cwd=tmp_path)
     assert done.returncode == 0 and "followed 1 change in" in done.stdout, done.stderr
     done = byheart("undo", "known", "master", cwd=tmp_path)
-    assert "left: 1 facts" in done.stdout
+    assert "left: 1 fact in" in done.stdout
     other = {"type": "fact", "id": "other", "subject": "Ebb", "prompt": "The keeper of {} is", "object": "Ann"}
     (tmp_path / "other.jsonl").write_text(json.dumps(other) + "\n")
     byheart("ledger", "add", "l.db", "other.jsonl", cwd=tmp_path)

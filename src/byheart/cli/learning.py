@@ -365,6 +365,7 @@ def _show_report(report: Any, out: Path, as_json: bool, sentence: str, skipped: 
         print(f"skipped {id}: {why}", file=sys.stderr)
     for note in report.notes:
         print(note, file=sys.stderr)
-    what = f"{report.facts} facts" if report.facts or not report.documents else f"{report.documents} documents"
+    kind, count = ("fact", report.facts) if report.facts or not report.documents else ("document", report.documents)
+    what = f"{count} {kind}{'s' if count != 1 else ''}"
     record = asdict(report) | {"skipped_rows": skipped, "out": str(out)}
     emit(record, as_json, f"{sentence} {what} in {report.seconds:.1f} s: {out}")
