@@ -348,9 +348,9 @@ def _ids_within(module: nn.Module) -> set[int]:
 
 def slides(config: Any) -> bool:
     """Whether a model's attention looks back over a window of columns only, so that padding uses the window up."""
-    kinds = getattr(config, "layer_types", None)
     if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's name for it
         return True
+    kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return any(kind != "full_attention" for kind in kinds)
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)

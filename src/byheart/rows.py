@@ -32,9 +32,14 @@ def told_apart(id: str, seen: Counter[str]) -> str:
     return f"{id}#{seen[id]}" if seen[id] > 1 else id
 
 
+def whole_words(text: str) -> str:
+    """The pattern of a text that stands somewhere as whole words."""
+    return rf"(?<!\w){re.escape(text)}(?!\w)"
+
+
 def with_place(text: str, subject: str) -> str | None:
     """A text with ``{}`` where the subject stands first, as whole words where it stands so anywhere; None: nowhere."""
-    whole = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", text)
+    whole = re.search(whole_words(subject), text)
     start = whole.start() if whole else text.find(subject)
     return None if start < 0 else text[:start] + SUBJECT_PLACE + text[start + len(subject) :]
 

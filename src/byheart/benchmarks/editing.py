@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from byheart.errors import DataError
 from byheart.formats import read_objects
-from byheart.rows import SUBJECT_PLACE, Fact, first_reason, told_apart, with_place
+from byheart.rows import SUBJECT_PLACE, Fact, first_reason, told_apart, whole_words, with_place
 
 # What runs and reports call the unedited model.
 UNEDITED = "closed"
@@ -153,7 +153,7 @@ def _question_case(path: Path, number: int, row: dict[str, Any]) -> Case:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise DataError(f'{path}:{number}: "answers" must be texts')
-    named = re.search(rf"(?<!\w){re.escape(title)}(?!\w)", question, re.IGNORECASE) if title else None
+    named = re.search(whole_words(title), question, re.IGNORECASE) if title else None
     if named is None or SUBJECT_PLACE in question:
         raise _Unusable("the question does not name its document's title")
     if not answers:
